@@ -1,0 +1,147 @@
+"""From a plan to a shared library. TVM is imported when something is built, not when this is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import env
+from ._version import __version__
+from .errors import BuildError
+from .layout import LANES
+from .plan import MatmulPlan
+from .sources import source_dir
+
+if TYPE_CHECKING:
+    import tvm
+
+_LOGGER = logging.getLogger("bitblas")
+
+#: Files of an artifact.
+LIBRARY, SCRIPT, SOURCE = "kernel.so", "schedule.py", "kernel.ll"
+
+_COMPILERS = ("cc", "gcc", "clang")
+
+
+def find_compiler() -> str | None:
+    """Path of the C compiler that links CPU libraries: BITBLAS_CC, else the first of cc, gcc, clang on the PATH; or None.
+
+    Raises
+    ------
+    BuildError
+        BITBLAS_CC names a program that is not there.
+    """
+    named = env.CC.get()
+    if named:
+        found = shutil.which(named)
+        if found is None:
+            raise BuildError(f"BITBLAS_CC is {named!r}, and there is no such program")
+        return found
+    return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+
+
+@cache
+def toolchain() -> dict[str, str]:
+    """Versions of all that turns a plan into bytes, and a digest of `src/`; known without importing or running any of it."""
+    versions = {"bitblas": __version__}
+    for name in ("apache-tvm", "apache-tvm-ffi"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = ""
+    digest = hashlib.sha256()
+    for path in sorted(source_dir().rglob("*")):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    versions["src"] = digest.hexdigest()
+    return versions
+
+
+def expression_module(plan: MatmulPlan) -> tvm.IRModule:
+    """The plan's kernels as unscheduled functions, each described for the schedule pass."""
+    import tvm
+
+    from .expr import MatmulExpr, matmul_func
+    from .transform import describe
+
+    functions = {}
+    for kernel in plan.kernels:
+        tiling = kernel.tiling
+        expr = MatmulExpr(plan.config, plan.layout, tiling.block_m, tiling.block_n // LANES)
+        func = describe(matmul_func(expr, kernel.name), plan.problem(kernel), kernel.rule, tiling)
+        functions[kernel.name] = func
+    return tvm.IRModule(functions)
+
+
+def scheduled_module(plan: MatmulPlan) -> tvm.IRModule:
+    """The plan's kernels, scheduled."""
+    from .schedule import RULES
+    from .transform import ApplyDefaultSchedule
+
+    return ApplyDefaultSchedule(RULES, plan.target)(expression_module(plan))
+
+
+def compile_plan(plan: MatmulPlan) -> tuple[tvm.runtime.Executable, str]:
+    """Compile in this process.
+
+    Returns
+    -------
+    (tvm.runtime.Executable, str)
+        The executable, and the scheduled module as a script.
+
+    Raises
+    ------
+    BuildError
+        TVM is not installed, or fails.
+    """
+    try:
+        import tvm
+    except ImportError as error:
+        raise BuildError(
+            f"compiling an operator needs TVM, which cannot be imported ({error}); install it with: "
+            "pip install 'apache-tvm>=0.27,<0.28' 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
+        ) from error
+    from .lowering import PIPELINE
+
+    mod = scheduled_module(plan)
+    try:
+        return tvm.compile(mod, target=plan.target.as_tvm(), tir_pipeline=PIPELINE), mod.script()
+    except (tvm.TVMError, ValueError, TypeError) as error:
+        raise BuildError(f"TVM could not compile {plan.config} for {plan.target}", output=str(error)) from error
+
+
+def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> None:
+    """Compile `plan` and write its library, its source and its scheduled script into `directory`.
+
+    Raises
+    ------
+    BuildError
+        TVM or the C compiler failed; with the command and its output.
+    """
+    executable, script = compile_plan(plan)
+    (directory / SCRIPT).write_text(script)
+    (directory / SOURCE).write_text(executable.mod.inspect_source("ll"))
+    executable.export_library(str(directory / LIBRARY), fcompile=_linker(compiler))
+
+
+def _linker(compiler: str):  # noqa: ANN202 - TVM's callback type
+    def link(output: str, objects: list[str], **_options: object) -> None:
+        shim = source_dir() / "cpu" / "parallel.c"
+        command = [compiler, "-shared", "-fPIC", "-O2", "-fopenmp", "-o", output, *objects, str(shim), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BuildError("the C compiler could not link an operator", " ".join(command), done.stdout + done.stderr)
+
+    return link
+
+
+def scratch_directory() -> tempfile.TemporaryDirectory[str]:
+    """A private directory for a build that is not kept."""
+    return tempfile.TemporaryDirectory(prefix="bitblas-")

@@ -1,0 +1,237 @@
+"""The question that is asked of an operator: frozen, hashable, validated, never rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, fields
+from numbers import Integral
+
+from .errors import ConfigError, UnsupportedError
+from .formats import ALIASES, DataFormat, parse_format
+
+#: The rows for which kernels are specialised when M is not given.
+DEFAULT_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024)
+
+A_DTYPES = ("float16", "bfloat16", "float32", "int8")
+OUT_DTYPES = ("float16", "bfloat16", "float32", "int32", "int8")
+ACCUM_DTYPES = ("float16", "bfloat16", "float32", "int32")
+ZEROS_MODES = ("original", "rescale", "quantized")
+LAYOUTS = ("nt", "nn", "tn", "tt")
+#: Dtypes of scale and zeros where A is an integer; else they have A's dtype.
+SCALE_DTYPES = ("float32", "float16", "bfloat16")
+
+_INTEGER_DTYPES = ("int32", "int8")
+
+
+def _dtype_name(argument: str, value: object, allowed: Sequence[str]) -> str:
+    text = str(value).removeprefix("torch.")
+    text = ALIASES.get(text, text)
+    if text not in allowed:
+        raise ConfigError(f"{argument} is {value!r}; allowed: {', '.join(allowed)}")
+    return text
+
+
+def _size(argument: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"{argument} is {value!r}; it must be an integer of at least 1")
+    return int(value)
+
+
+def _flag(argument: str, value: object) -> bool:
+    if value is None:
+        return False
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise ConfigError(f"{argument} is {value!r}; it must be True or False")
+    return bool(value)
+
+
+def _buckets(value: object) -> int | tuple[int, ...]:
+    if value is None:
+        return DEFAULT_BUCKETS
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise ConfigError("M is empty; give an int, a list of ints, or None")
+        return tuple(_size("M", m) for m in value)
+    return _size("M", value)
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """out = A · dequantize(W)ᵀ (+ bias), for one shape of W.
+
+    Parameters
+    ----------
+    M : int, sequence of int, or None
+        Rows of A. An int builds for exactly that many; a sequence names the buckets that kernels are specialised for while
+        any number of rows is accepted; None is ``(1, 16, 32, 64, 128, 256, 512, 1024)``.
+    N, K : int
+        Output and input features.
+    A_dtype : str
+        float16, bfloat16, float32 or int8.
+    W_dtype : str or None
+        A weight format (`bitblas.formats.FORMATS`); None means A_dtype.
+    out_dtype : str
+        float16, bfloat16, float32; and, for int8 times an integer format, int32 or int8 (saturating).
+    accum_dtype : str
+        float16, bfloat16, float32 or int32. Honoured or exceeded: floats are accumulated in float32, integers in int32.
+    layout : str
+        ``"nt"``: A is (M, K), weights are (N, K).
+    with_bias : bool
+        Whether a bias of shape (N,) is added.
+    group_size : int
+        Number of consecutive k that share a scale and a zero point; -1 means all of K.
+    with_scaling, with_zeros : bool
+        Whether there are scales and zero points.
+    zeros_mode : str
+        ``"original"``: (w - z)·s; ``"rescale"``: w·s - z; ``"quantized"``: (w - z)·s with integer z, packed.
+    storage_dtype, fast_decoding, propagate_a, propagate_b, optimize_stratety
+        Hints of the original BitBLAS: accepted, without effect on results.
+    bias : bool, optional
+        Another name of `with_bias`.
+
+    Raises
+    ------
+    ConfigError
+        A value is not allowed, or two contradict each other.
+    UnsupportedError
+        The combination is meaningful but not built yet.
+    """
+
+    M: int | tuple[int, ...] | Sequence[int] | None = None
+    N: int = None  # type: ignore[assignment]
+    K: int = None  # type: ignore[assignment]
+    A_dtype: str = "float16"
+    W_dtype: str = None  # type: ignore[assignment]
+    out_dtype: str = "float16"
+    accum_dtype: str = "float16"
+    layout: str = "nt"
+    with_bias: bool = False
+    group_size: int = -1
+    with_scaling: bool = False
+    with_zeros: bool = False
+    zeros_mode: str = "original"
+    storage_dtype: str = "int8"
+    fast_decoding: bool | None = None
+    propagate_a: object = None
+    propagate_b: object = None
+    optimize_stratety: object = None
+    bias: InitVar[bool | None] = None
+
+    def __post_init__(self, bias: bool | None) -> None:
+        self._normalize(bias)
+        self._check_dtypes()
+        self._check_quantization()
+
+    def _normalize(self, bias: bool | None) -> None:
+        a_dtype = _dtype_name("A_dtype", self.A_dtype, A_DTYPES)
+        values = {
+            "M": _buckets(self.M),
+            "N": _size("N", self.N),
+            "K": _size("K", self.K),
+            "A_dtype": a_dtype,
+            "W_dtype": parse_format(a_dtype if self.W_dtype is None else self.W_dtype).name,
+            "out_dtype": _dtype_name("out_dtype", self.out_dtype, OUT_DTYPES),
+            "accum_dtype": _dtype_name("accum_dtype", self.accum_dtype, ACCUM_DTYPES),
+            "with_bias": _flag("with_bias", self.with_bias) or _flag("bias", bias),
+            "with_scaling": _flag("with_scaling", self.with_scaling),
+            "with_zeros": _flag("with_zeros", self.with_zeros),
+            "group_size": -1 if self.group_size is None else self.group_size,
+            "zeros_mode": "original" if self.zeros_mode is None else self.zeros_mode,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"layout is {self.layout!r}; allowed: {', '.join(LAYOUTS)}")
+        if self.layout != "nt":
+            raise UnsupportedError(f"layout {self.layout!r} is not built yet; use 'nt' (A is (M, K), weights are (N, K))")
+
+    def _check_dtypes(self) -> None:
+        integer = self.A_dtype == "int8" and self.format.is_integer
+        if self.out_dtype in _INTEGER_DTYPES and not integer:
+            raise ConfigError(
+                f"out_dtype {self.out_dtype} needs A_dtype int8 and an integer W_dtype, not {self.A_dtype} and {self.W_dtype}"
+            )
+        if self.accum_dtype == "int32" and not integer:
+            raise ConfigError(
+                f"accum_dtype int32 needs A_dtype int8 and an integer W_dtype, not {self.A_dtype} and {self.W_dtype}"
+            )
+
+    def _check_quantization(self) -> None:
+        g = self.group_size
+        if isinstance(g, bool) or not isinstance(g, Integral) or (g != -1 and (g < 1 or self.K % g)):
+            raise ConfigError(f"group_size is {g!r}; it must be -1 or a divisor of K = {self.K}")
+        object.__setattr__(self, "group_size", int(g))
+        if self.zeros_mode not in ZEROS_MODES:
+            raise ConfigError(f"zeros_mode is {self.zeros_mode!r}; allowed: {', '.join(ZEROS_MODES)}")
+        if not self.with_zeros:
+            return
+        if not self.format.is_integer:
+            raise ConfigError(f"with_zeros: the format {self.W_dtype} has no zero points; only uint and int formats do")
+        if self.zeros_mode == "quantized" and self.format.kind != "uint":
+            raise ConfigError(f"zeros_mode 'quantized' needs an unsigned W_dtype, not {self.W_dtype}")
+
+    # -- derived facts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> DataFormat:
+        """The weights' `DataFormat`."""
+        return parse_format(self.W_dtype)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The row counts to specialise for, ascending and each once."""
+        return (self.M,) if isinstance(self.M, int) else tuple(sorted(set(self.M)))  # type: ignore[arg-type]
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether any number of rows is accepted."""
+        return not isinstance(self.M, int)
+
+    @property
+    def group(self) -> int:
+        """Number of consecutive k that share a scale: `group_size`, or K for -1."""
+        return self.K if self.group_size == -1 else self.group_size
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups along K."""
+        return self.K // self.group
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether there is anything for a group to share."""
+        return self.with_scaling or self.with_zeros
+
+    @property
+    def zeros_packed(self) -> bool:
+        """Whether zero points are integers packed along N."""
+        return self.with_zeros and self.zeros_mode == "quantized"
+
+    @property
+    def integer_accumulation(self) -> bool:
+        """Whether products are summed in int32 over all of K: int8 times integers, with no float operand inside the sum."""
+        if not (self.A_dtype == "int8" and self.format.is_integer):
+            return False
+        return (not self.with_scaling or self.num_groups == 1) and (not self.with_zeros or self.zeros_packed)
+
+    @property
+    def scale_dtype(self) -> str:
+        """Dtype in which scale and zeros reach the kernel; for an int8 A other floats are converted to it."""
+        return "float32" if self.A_dtype == "int8" else self.A_dtype
+
+    @property
+    def bias_dtype(self) -> str:
+        """Dtype in which a bias reaches the kernel: one that holds both A's and the output's dtype."""
+        if self.A_dtype == "int8":
+            return "int32" if self.out_dtype in _INTEGER_DTYPES else self.out_dtype
+        return self.A_dtype if self.A_dtype == self.out_dtype else "float32"
+
+    def fields(self) -> dict[str, object]:
+        """All that shapes the result, as JSON values: what an artifact's key is made of."""
+        hints = {"storage_dtype", "fast_decoding", "propagate_a", "propagate_b", "optimize_stratety"}
+        return {
+            f.name: list(v) if isinstance(v, tuple) else v
+            for f in fields(self)
+            if f.name not in hints
+            for v in (getattr(self, f.name),)
+        }

@@ -1,0 +1,275 @@
+"""out = A · dequantize(W)ᵀ + bias as named blocks over logical indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import te, tirx
+from tvm.ir import Expr
+
+from ..config import MatmulConfig
+from ..layout import LANES, UNIT, PackedLayout
+from .decode import decode
+
+#: The blocks of a matmul, in order of computation. ``words*``: one per bit plane; those that a config has no use for are
+#: absent. See `MatmulExpr`.
+BLOCKS = ("activation", "row_sum_lanes", "row_sum", "words", "unpack", "decode", "matmul", "scale", "zero", "accumulate", "epilogue")
+
+#: Sums of int8 products stay exact in float32 up to this many terms: 512 · 128 · 255 < 2^24.
+EXACT_INT8_TERMS = 512
+
+
+def reduction_chunk(config: MatmulConfig) -> int:
+    """How many consecutive k are summed in float32 before a group's scale, or int32, takes over."""
+    group = config.group if config.is_grouped else config.K
+    if not (config.A_dtype == "int8" and config.format.is_integer):
+        return group
+    return max(d for d in range(1, min(group, EXACT_INT8_TERMS) + 1) if group % d == 0)
+
+
+@dataclass(frozen=True)
+class MatmulExpr:
+    """What the expression is built from.
+
+    With chunks c of consecutive k (`reduction_chunk`), g(c) the group of a chunk, and codes d = decode(w)::
+
+        activation[i, k]    = float32(A[min(i, m - 1), k])
+        row_sum[i, c]       = Σ_k in c  activation[i, k]
+        decode[k, n]        = value of the code of (n, k), without scale and zero point
+        matmul[i, n, c]     = Σ_k in c  activation[i, k] · decode[k, n]
+        accumulate[i, n]    = Σ_c (matmul[i, n, c] - row_sum[i, c] · zero[g(c), n]) · scale[g(c), n]
+        epilogue[i, n]      = out_dtype(accumulate[i, n] + bias[n])
+
+    (rescale: matmul · scale - row_sum · zero. Pure integer sums: int32(matmul) - int32(row_sum · zero), scaled at the end.)
+
+    Attributes
+    ----------
+    config : MatmulConfig
+        The question.
+    layout : PackedLayout
+        Where the weights' bits lie.
+    row_multiple, lane_multiple : int
+        Rows, and blocks of 16 columns, are computed in multiples of these; what lies beyond M and N repeats the last row
+        and column and is not stored.
+    """
+
+    config: MatmulConfig
+    layout: PackedLayout
+    row_multiple: int = 1
+    lane_multiple: int = 1
+
+    @property
+    def chunk(self) -> int:
+        """See `reduction_chunk`."""
+        return reduction_chunk(self.config)
+
+    @property
+    def padded_n(self) -> int:
+        """N, rounded up to whole tiles."""
+        return _round_up(self.config.N, LANES * self.lane_multiple)
+
+
+def _round_up(value, multiple):  # noqa: ANN001, ANN202 - ints or expressions alike
+    return (value + multiple - 1) // multiple * multiple
+
+
+def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
+    """Build the function (A, W, [scale], [zeros], [bias], out).
+
+    Shapes and dtypes: A (m, K) A_dtype with any m; W int8 (bytes of the layout,); scale (N, K/g) and zeros (N, K/g) in
+    `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N) out_dtype.
+    """
+    cfg, chunk = expr.config, expr.chunk
+    m = te.var("m")
+    rows, columns = _round_up(m, expr.row_multiple), expr.padded_n
+    A = te.placeholder((m, cfg.K), cfg.A_dtype, name="A")
+    W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
+    arguments = [A, W]
+
+    activation = te.compute(
+        (rows, cfg.K), lambda i, k: A[te.min(i, m - 1), k].astype("float32"), name="activation"
+    )
+    decoded = _decoded(expr, W)
+    kk = te.reduce_axis((0, chunk), name="kk")
+    partial = te.compute(
+        (rows, columns, cfg.K // chunk),
+        lambda i, n, c: te.sum(activation[i, c * chunk + kk] * decoded[c * chunk + kk, n], axis=kk),
+        name="matmul",
+    )
+    scale = _scale(expr, arguments) if cfg.with_scaling else None
+    zero = _zero(expr, arguments) if cfg.with_zeros else None
+    row_sum = _row_sum(expr, activation, rows) if cfg.with_zeros else None
+    bias = te.placeholder((cfg.N,), cfg.bias_dtype, name="bias") if cfg.with_bias else None
+    if bias is not None:
+        arguments.append(bias)
+    accumulated = _accumulate(expr, rows, partial, row_sum, scale, zero)
+
+    def epilogue(i: Expr, n: Expr) -> Expr:
+        value = accumulated[i, n]
+        if cfg.integer_accumulation and scale is not None:
+            value = value.astype("float32") * scale[0, n]
+        if bias is not None:
+            wide = "int32" if value.dtype == "int32" and cfg.bias_dtype == "int32" else "float32"
+            value = value.astype(wide) + bias[n].astype(wide)
+        return _store_as(value, cfg.out_dtype)
+
+    out = te.compute((m, cfg.N), epilogue, name="epilogue")
+    func = te.create_prim_func([*arguments, out])
+    return func.with_attr({"global_symbol": name})
+
+
+def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
+    """Blocks words*, unpack, decode: (K, padded N) float32."""
+    cfg, layout, fmt = expr.config, expr.layout, expr.config.format
+    if layout.name == "packed":
+        unpacked = te.compute(
+            (cfg.K, expr.padded_n), lambda k, n: _row_code(layout, W, te.min(n, cfg.N - 1), k), name="unpack"
+        )
+    else:
+        words = [_words(expr, W, index) for index in range(len(layout.planes))]
+        unpacked = te.compute((cfg.K, expr.padded_n), lambda k, n: _lane_code(layout, words, n, k), name="unpack")
+    return te.compute((cfg.K, expr.padded_n), lambda k, n: decode(fmt, unpacked[k, n]), name="decode")
+
+
+def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
+    """Block words{index}: (words along K, padded N) int32, the words of one plane of the lane layout."""
+    cfg, plane = expr.config, expr.layout.planes[index]
+    per_lane = cfg.K // plane.codes_per_word
+
+    def word(u: Expr, n: Expr) -> Expr:
+        block = n // LANES
+        if expr.padded_n != cfg.N:
+            block = te.min(block, cfg.N // LANES - 1)
+        first = plane.offset + ((block * per_lane + u) * LANES + n % LANES) * plane.word_bytes
+        return join_bytes([W[first + j] for j in range(plane.word_bytes)])
+
+    return te.compute((per_lane, expr.padded_n), word, name=f"words{index}")
+
+
+def join_bytes(parts: list[Expr]) -> Expr:
+    """The int32 made of little-endian int8 `parts`; unsigned below four bytes."""
+    word: Expr | None = None
+    for j, part in enumerate(parts):
+        wide = tirx.bitwise_and(part.astype("int32"), tirx.const(255, "int32"))
+        wide = tirx.shift_left(wide, tirx.const(8 * j, "int32")) if j else wide
+        word = wide if word is None else tirx.bitwise_or(word, wide)
+    return word
+
+
+def _lane_code(layout: PackedLayout, words: list[te.Tensor], n: Expr, k: Expr) -> Expr:
+    """The code of (n, k) in its lowest bits; the top plane is not masked, `decode` does that."""
+    code: Expr | None = None
+    for plane, word in zip(layout.planes, words):
+        if plane.width >= 8:
+            return word[k, n]
+        part = tirx.shift_right(word[k // UNIT, n], k % UNIT * plane.width)
+        if plane is not layout.planes[-1] and plane.low_bit + plane.width < layout.bits:
+            part = tirx.bitwise_and(part, tirx.const((1 << plane.width) - 1, "int32"))
+        part = tirx.shift_left(part, tirx.const(plane.low_bit, "int32")) if plane.low_bit else part
+        code = part if code is None else tirx.bitwise_or(code, part)
+    return code
+
+
+def _row_code(layout: PackedLayout, W: te.Tensor, n: Expr, k: Expr) -> Expr:
+    """The code of (n, k) of a row-wise bit stream."""
+    if layout.bits >= 8:
+        step = layout.bits // 8
+        return join_bytes([W[n * layout.row_bytes + k * step + j] for j in range(step)])
+    return stream_code(W, n * layout.row_bytes, k, layout.bits, layout.num_bytes)
+
+
+def stream_code(stream: te.Tensor, first: Expr, index: Expr, bits: int, size: int) -> Expr:
+    """Code number `index` of the bit stream that begins at byte `first`; bits above the code may hold anything."""
+    byte, shift = first + index * bits // 8, index * bits % 8
+    parts = [stream[byte]]
+    if 8 % bits:
+        parts.append(stream[te.min(byte + 1, size - 1)])
+    return tirx.shift_right(join_bytes(parts), shift)
+
+
+def _scale(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
+    cfg = expr.config
+    S = te.placeholder((cfg.N, cfg.num_groups), cfg.scale_dtype, name="S")
+    arguments.append(S)
+    return te.compute(
+        (cfg.num_groups, expr.padded_n), lambda g, n: S[te.min(n, cfg.N - 1), g].astype("float32"), name="scale"
+    )
+
+
+def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
+    cfg, bits = expr.config, expr.config.format.bits
+    shape = (cfg.num_groups, expr.padded_n)
+    if not cfg.zeros_packed:
+        Z = te.placeholder((cfg.N, cfg.num_groups), cfg.scale_dtype, name="Z")
+        arguments.append(Z)
+        return te.compute(shape, lambda g, n: Z[te.min(n, cfg.N - 1), g].astype("float32"), name="zero")
+    row_bytes = (cfg.N * bits + 7) // 8
+    Z = te.placeholder((cfg.num_groups * row_bytes,), "int8", name="Z")
+    arguments.append(Z)
+
+    def zero(g: Expr, n: Expr) -> Expr:
+        code = stream_code(Z, g * row_bytes, te.min(n, cfg.N - 1), bits, cfg.num_groups * row_bytes)
+        return tirx.bitwise_and(code, tirx.const((1 << bits) - 1, "int32")).astype("float32")
+
+    return te.compute(shape, zero, name="zero")
+
+
+def _row_sum(expr: MatmulExpr, activation: te.Tensor, rows: Expr) -> te.Tensor:
+    """Σ of a chunk of a row; over 16 lanes first, where it divides, because a float sum may not be reordered later."""
+    chunk, chunks = expr.chunk, expr.config.K // expr.chunk
+    if chunk % LANES:
+        k = te.reduce_axis((0, chunk), name="k")
+        return te.compute((rows, chunks), lambda i, c: te.sum(activation[i, c * chunk + k], axis=k), name="row_sum")
+    j = te.reduce_axis((0, chunk // LANES), name="j")
+    lanes = te.compute(
+        (rows, chunks, LANES),
+        lambda i, c, lane: te.sum(activation[i, c * chunk + j * LANES + lane], axis=j),
+        name="row_sum_lanes",
+    )
+    lane = te.reduce_axis((0, LANES), name="lane")
+    return te.compute((rows, chunks), lambda i, c: te.sum(lanes[i, c, lane], axis=lane), name="row_sum")
+
+
+def _accumulate(
+    expr: MatmulExpr,
+    rows: Expr,
+    partial: te.Tensor,
+    row_sum: te.Tensor | None,
+    scale: te.Tensor | None,
+    zero: te.Tensor | None,
+) -> te.Tensor:
+    """Sum the chunks of the reduction, each with the zero point and the scale of its group."""
+    cfg = expr.config
+    per_group = cfg.group // expr.chunk
+    c = te.reduce_axis((0, cfg.K // expr.chunk), name="c")
+
+    def term(i: Expr, n: Expr) -> Expr:
+        value, g = partial[i, n, c], c // per_group if cfg.num_groups > 1 else 0
+        shift = row_sum[i, c] * zero[g, n] if zero is not None else None
+        if cfg.integer_accumulation:
+            value = value.astype("int32")
+            return value if shift is None else value - shift.astype("int32")
+        if shift is not None and (cfg.zeros_mode != "rescale" or scale is None):
+            value = value - shift
+        value = value * scale[g, n] if scale is not None else value
+        return value - shift if shift is not None and cfg.zeros_mode == "rescale" and scale is not None else value
+
+    return te.compute((rows, expr.padded_n), lambda i, n: te.sum(term(i, n), axis=c), name="accumulate")
+
+
+def _store_as(value: Expr, dtype: str) -> Expr:
+    """Convert the accumulated value; integers round to nearest, ties to even, and saturate."""
+    if dtype not in ("int8", "int32"):
+        return value.astype(dtype)
+    low, high = (-128, 127) if dtype == "int8" else (-(2**31), 2**31 - 1)
+    if value.dtype == "int32":
+        if dtype == "int32":
+            return value
+        return te.max(te.min(value, tirx.const(high, "int32")), tirx.const(low, "int32")).astype(dtype)
+    rounded = tirx.nearbyint(value)
+    # 2^31 - 1 is no float32; the largest below is 2^31 - 128
+    top = tirx.const(float(high) if dtype == "int8" else 2147483520.0, "float32")
+    whole = te.max(te.min(rounded, top), tirx.const(float(low), "float32")).astype("int32")
+    if dtype == "int8":
+        return whole.astype("int8")
+    return tirx.Select(rounded > top, tirx.const(high, "int32"), whole)

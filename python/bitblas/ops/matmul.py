@@ -1,0 +1,505 @@
+"""Matmul: a config made callable."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import packing, tuner
+from ..build import expression_module, scheduled_module
+from ..config import SCALE_DTYPES, MatmulConfig
+from ..errors import ArgumentError, ConfigError
+from ..layout import PackedLayout
+from ..plan import MatmulPlan, plan_matmul
+from ..runtime import Kernels
+from ..target import Target, resolve_target
+from .provider import Provided, provide
+
+if TYPE_CHECKING:
+    import tvm
+    from tvm import tirx
+
+BACKENDS = ("tl", "tir")
+
+
+class Matmul:
+    """out = A · dequantize(W)ᵀ (+ bias).
+
+    Parameters
+    ----------
+    config : MatmulConfig
+        What is asked.
+    name : str
+        A name for messages.
+    target : None, str, dict, Target, or tvm.target.Target
+        See `bitblas.target.resolve_target`.
+    enable_tuning : bool
+        Use a stored tuning record where there is one. Construction never measures.
+    from_database : bool
+        Load from the operator database only; what is not there is built at the first call.
+    backend : str
+        ``"tl"`` or ``"tir"``: accepted for compatibility, both mean the same.
+
+    Attributes
+    ----------
+    config : MatmulConfig
+        The config it was built from.
+    target : Target
+        What it was compiled for.
+    plan : MatmulPlan
+        The weight layout, and the rule and tiling of each kernel.
+
+    Raises
+    ------
+    ConfigError
+        The config is none, or the backend or target unknown.
+    UnsupportedError
+        No schedule rule serves the config, or this machine cannot run the target.
+    BuildError
+        A compiler is missing or failed.
+    """
+
+    def __init__(
+        self,
+        config: MatmulConfig,
+        name: str = "matmul",
+        target: object = None,
+        enable_tuning: bool = True,
+        from_database: bool = False,
+        backend: str = "tl",
+    ) -> None:
+        if not isinstance(config, MatmulConfig):
+            raise ConfigError(f"config is {config!r}; it must be a MatmulConfig")
+        if backend not in BACKENDS:
+            raise ConfigError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+        self.config, self.name, self.backend = config, name, backend
+        self.target: Target = resolve_target(target)
+        tuned = tuner.load_record(config, self.target) if enable_tuning else None
+        self.plan: MatmulPlan = plan_matmul(config, self.target, tuned)
+        self._lock = threading.Lock()
+        self._provided: Provided | None = None
+        self._set_expectations()
+        if not from_database:
+            self._provide()
+
+    def _set_expectations(self) -> None:
+        """Compute once what each call is checked against."""
+        config = self.config
+        self._a_dtype = getattr(torch, config.A_dtype)
+        self._out_dtype = getattr(torch, config.out_dtype)
+        self._scale_dtype = getattr(torch, config.scale_dtype)
+        self._bias_dtype = getattr(torch, config.bias_dtype)
+        self._weight_shape = tuple(self.retrieve_weight_shape())
+        self._weight_dtypes = {torch.int8, torch.uint8}
+        if config.format.torch_name:
+            self._weight_dtypes.add(getattr(torch, config.format.torch_name))
+        if config.format.is_native:
+            self._weight_dtypes = {getattr(torch, config.format.torch_name)}
+        wanted = (("scale", config.with_scaling), ("zeros", config.with_zeros), ("bias", config.with_bias))
+        self._wanted = tuple(name for name, is_wanted in wanted if is_wanted)
+        self._static_m = config.M if isinstance(config.M, int) else None
+
+    # -- weights ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> PackedLayout:
+        """Where the bits of this operator's weights lie."""
+        return self.plan.layout
+
+    def retrieve_weight_shape(self) -> list[int]:
+        """Shape of the tensor that `transform_weight` returns: [N, ceil(K·bits/8)], or [N, K] for native dtypes."""
+        if self.config.format.is_native:
+            return [self.config.N, self.config.K]
+        return [self.config.N, self.layout.row_bytes]
+
+    def transform_weight(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Encode and lay out a weight for this operator.
+
+        Parameters
+        ----------
+        weight : torch.Tensor
+            (N, K): codes 0 .. 2^b - 1 of uint and codebook formats in any dtype, values of int formats (int1: -1 and 1),
+            torch.float8 tensors or their bytes, or floating-point weights of native dtypes.
+        scale, zeros, bias : torch.Tensor, optional
+            Accepted and left as they are: they are handed over at each call.
+
+        Returns
+        -------
+        torch.Tensor
+            Of `retrieve_weight_shape`, int8 (native dtypes: that dtype), on the device of `weight`.
+
+        Raises
+        ------
+        ArgumentError
+            Wrong shape or dtype, or a value that the format cannot hold.
+        """
+        if not isinstance(weight, torch.Tensor):
+            raise ArgumentError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
+        expected = (self.config.N, self.config.K)
+        if tuple(weight.shape) != expected:
+            raise ArgumentError(f"weight has shape {tuple(weight.shape)}; expected (N, K) = {expected}")
+        return self.pack(packing.encode(weight.detach(), self.config.format, "weight"))
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Lay out (N, K) codes; the inverse of `unpack_weight`.
+
+        Parameters
+        ----------
+        codes : torch.Tensor
+            (N, K) integers 0 .. 2^b - 1 of any integer dtype; for float16 and bfloat16 int16 bit patterns, for float32 int32.
+
+        Raises
+        ------
+        ArgumentError
+            Wrong shape or dtype, or a code out of range.
+        """
+        fmt = self.config.format
+        if codes.is_floating_point() or codes.dtype is torch.bool or codes.is_complex():
+            raise ArgumentError(f"codes have dtype {codes.dtype}; they must be integers")
+        if fmt.is_native:
+            if codes.dtype is not packing.code_dtype(fmt):
+                raise ArgumentError(f"codes have dtype {codes.dtype}; {fmt.name} takes {packing.code_dtype(fmt)}")
+            return packing.pack(codes, self.layout).view(getattr(torch, fmt.torch_name))
+        if codes.dtype is not torch.uint8 or fmt.bits < 8:
+            low, high = (int(v) for v in torch.aminmax(codes)) if codes.numel() else (0, 0)
+            if low < 0 or high >= 1 << fmt.bits:
+                wrong = low if low < 0 else high
+                raise ArgumentError(f"codes hold {wrong}; allowed for {fmt.name}: 0 to {(1 << fmt.bits) - 1}")
+        return packing.pack(codes.to(torch.uint8), self.layout)
+
+    def unpack_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """The (N, K) codes of a weight in this operator's layout: uint8, or int16 and int32 bit patterns of native dtypes."""
+        if tuple(weight.shape) != self._weight_shape:
+            raise ArgumentError(f"weight has shape {tuple(weight.shape)}; expected {self._weight_shape}")
+        return packing.unpack(weight.detach(), self.layout)
+
+    @property
+    def weight_transform(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """None where codes are packed row by row; else what turns CPU (N, K) unsigned int8 codes into this layout."""
+        if self.layout.name == "packed":
+            return None
+        return lambda codes: self.pack(codes.view(torch.uint8) if codes.dtype is torch.int8 else codes)
+
+    # -- calling ---------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        *extras: torch.Tensor | None,
+        scale: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute A · dequantize(W)ᵀ (+ bias).
+
+        Parameters
+        ----------
+        A : torch.Tensor
+            (..., K) in A_dtype, any strides. An operator for an int M needs leading dimensions that multiply to M.
+        W : torch.Tensor
+            What `transform_weight` returned; int8 or uint8.
+        *extras : torch.Tensor
+            The wanted ones of scale, zeros and bias, in that order; then `output`.
+        scale : torch.Tensor
+            (N, K / group_size), or (N,) where there is one group, in A_dtype (for an int8 A any floating-point dtype).
+        zeros : torch.Tensor
+            As scale; where packed (`zeros_mode="quantized"`): int8 (K / group_size, ceil(N·bits/8)).
+        bias : torch.Tensor
+            (N,) in A_dtype or out_dtype.
+        output : torch.Tensor
+            (..., N) in out_dtype, contiguous, to be filled and returned.
+
+        Returns
+        -------
+        torch.Tensor
+            (..., N) in out_dtype.
+
+        Raises
+        ------
+        ArgumentError
+            A tensor is missing, superfluous, or of the wrong kind, shape, dtype or device. No kernel has run then.
+        """
+        given = {"scale": scale, "zeros": zeros, "bias": bias}
+        if extras:
+            output = self._bind(extras, given, output)
+        shape, a = self._check_activation(A)
+        operands = [self._check_weight(W)]
+        for name in self._wanted:
+            operands.append(self._check_operand(name, given.pop(name)))
+        for name, value in given.items():
+            if value is not None:
+                raise ArgumentError(f"{name} was given, but this operator has none (with_{_FLAGS[name]}=False)")
+        out = self._check_output(output, shape, A, operands)
+        if a.shape[0]:
+            self._provide().launch(a, operands, out.view(-1, self.config.N))
+        return out
+
+    __call__ = forward
+
+    def _bind(
+        self, extras: tuple[torch.Tensor | None, ...], given: dict[str, torch.Tensor | None], output: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Assign tensors given by position to the wanted names in order, and one more to `output`."""
+        places = [name for name in self._wanted if given[name] is None]
+        present = [extra for extra in extras if extra is not None]
+        for name, tensor in zip(places, present):
+            given[name] = tensor
+        rest = present[len(places) :]
+        if len(rest) > 1 or (rest and output is not None):
+            wanted = ", ".join(self._wanted) or "no scale, zeros or bias"
+            raise ArgumentError(f"{len(present)} extra tensors were given by position; this operator takes {wanted}")
+        if rest and tuple(rest[0].shape[-1:]) != (self.config.N,):
+            wanted = ", ".join(self._wanted) or "no scale, zeros or bias"
+            raise ArgumentError(f"a tensor of shape {tuple(rest[0].shape)} is superfluous: this operator takes {wanted}")
+        return rest[0] if rest else output
+
+    def _check_activation(self, A: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
+        """The output's shape, and A as a contiguous (m, K)."""
+        if not isinstance(A, torch.Tensor):
+            raise ArgumentError(f"A is a {type(A).__name__}; it must be a torch.Tensor")
+        if A.dtype is not self._a_dtype:
+            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
+        _check_device("A", A)
+        shape, k = tuple(A.shape), self.config.K
+        if not shape or shape[-1] != k:
+            raise ArgumentError(f"A has shape {shape}; its last dimension must be K = {k}")
+        rows = prod(shape[:-1])
+        if self._static_m is not None and rows != self._static_m and rows:
+            raise ArgumentError(f"A has shape {shape}, {rows} rows; this operator was built for M = {self._static_m}")
+        if A.requires_grad:
+            A = A.detach()
+        if len(shape) != 2:
+            A = A.reshape(rows, k)
+        return (*shape[:-1], self.config.N), A.contiguous()
+
+    def _check_weight(self, W: torch.Tensor) -> torch.Tensor:
+        if not isinstance(W, torch.Tensor):
+            raise ArgumentError(f"W is a {type(W).__name__}; it must be a torch.Tensor")
+        if W.dtype not in self._weight_dtypes:
+            allowed = ", ".join(sorted(str(dtype) for dtype in self._weight_dtypes))
+            raise ArgumentError(f"W has dtype {W.dtype}; allowed: {allowed}")
+        if W.shape != self._weight_shape:
+            raise ArgumentError(f"W has shape {tuple(W.shape)}; expected {self._weight_shape}, as transform_weight gives it")
+        _check_device("W", W)
+        if W.requires_grad:
+            W = W.detach()
+        flat = W.contiguous().view(-1)
+        return flat if flat.dtype is torch.int8 else flat.view(torch.int8)
+
+    def _check_operand(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+        config = self.config
+        if tensor is None:
+            raise ArgumentError(f"{name} is missing: this operator was built with_{_FLAGS[name]}=True")
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+        _check_device(name, tensor)
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if name == "bias":
+            return self._check_dtype(name, tensor, (config.N,), (self._a_dtype, self._out_dtype), self._bias_dtype)
+        if name == "zeros" and config.zeros_packed:
+            shape: tuple[int, ...] = (config.num_groups, (config.N * config.format.bits + 7) // 8)
+            return self._check_dtype(name, tensor, shape, (torch.int8, torch.uint8), torch.int8).view(-1)
+        shape = (config.N, config.num_groups)
+        if config.num_groups == 1 and tensor.dim() == 1:
+            tensor = tensor.unsqueeze(1)
+        allowed = (self._a_dtype,) if config.A_dtype != "int8" else tuple(getattr(torch, d) for d in SCALE_DTYPES)
+        return self._check_dtype(name, tensor, shape, allowed, self._scale_dtype)
+
+    def _check_dtype(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        shape: tuple[int, ...],
+        allowed: tuple[torch.dtype, ...],
+        wanted: torch.dtype,
+    ) -> torch.Tensor:
+        if tensor.dtype not in allowed:
+            names = ", ".join(dict.fromkeys(str(dtype) for dtype in allowed))
+            raise ArgumentError(f"{name} has dtype {tensor.dtype}; allowed: {names}")
+        if tensor.shape != shape:
+            raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+        if tensor.dtype is not wanted:
+            tensor = tensor.view(wanted) if not wanted.is_floating_point and wanted.itemsize == 1 else tensor.to(wanted)
+        return tensor.contiguous()
+
+    def _check_output(
+        self, output: torch.Tensor | None, shape: tuple[int, ...], A: torch.Tensor, operands: list[torch.Tensor]
+    ) -> torch.Tensor:
+        if output is None:
+            return torch.empty(shape, dtype=self._out_dtype, device=A.device)
+        if not isinstance(output, torch.Tensor):
+            raise ArgumentError(f"output is a {type(output).__name__}; it must be a torch.Tensor")
+        if output.dtype is not self._out_dtype:
+            raise ArgumentError(f"output has dtype {output.dtype}; this operator gives {self._out_dtype}")
+        if tuple(output.shape) != shape:
+            raise ArgumentError(f"output has shape {tuple(output.shape)}; expected {shape}")
+        _check_device("output", output)
+        if not output.is_contiguous():
+            raise ArgumentError(f"output has strides {output.stride()}; it must be contiguous")
+        if output.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError("output requires a gradient; give a tensor that does not, or none")
+        for tensor in (A, *operands):
+            if _overlap(output, tensor):
+                raise ArgumentError("output shares memory with an input; give a tensor of its own, or none")
+        return output.detach() if output.requires_grad else output
+
+    # -- kernels ---------------------------------------------------------------------------------------------------------
+
+    def _provide(self) -> Kernels:
+        if self._provided is None:
+            with self._lock:
+                if self._provided is None:
+                    self._provided = provide(self.plan)
+        return self._provided.kernels
+
+    @property
+    def origin(self) -> str:
+        """Where the kernels came from: ``"loaded"``, ``"compiled"``, ``"in memory"``, or ``"not built"``."""
+        return self._provided.origin if self._provided else "not built"
+
+    def hardware_aware_finetune(
+        self, topk: int = 20, target: object = None, parallel_build: bool = True
+    ) -> dict[int, dict[str, object]]:
+        """Measure the rules' tilings for each bucket, keep the fastest, store the record, and use it.
+
+        Parameters
+        ----------
+        topk : int
+            How many tilings of a bucket to try at most.
+        target : object, optional
+            Retarget the operator first.
+        parallel_build : bool
+            Accepted; candidates are built one after the other.
+
+        Returns
+        -------
+        dict
+            By bucket: the chosen tiling's fields and the median seconds of each candidate.
+        """
+        if target is not None:
+            self.target = resolve_target(target)
+        found = tuner.tune(self.config, self.target, topk, lambda plan: provide(plan).kernels)
+        tuner.save_record(self.config, self.target, found)
+        with self._lock:
+            self.plan = plan_matmul(self.config, self.target, {m: row.tiling for m, row in found.items()})
+            self._provided = provide(self.plan)
+        return {m: row.fields() for m, row in found.items()}
+
+    def profile_latency(self, dynamic_symbolic_constraints: dict[str, int] | None = None) -> float:
+        """Median milliseconds of a call on random data, for the largest bucket or the m that is asked for.
+
+        Parameters
+        ----------
+        dynamic_symbolic_constraints : dict, optional
+            ``{"m": rows}``.
+        """
+        m = (dynamic_symbolic_constraints or {}).get("m", self.config.buckets[-1])
+        return tuner.measure(self._provide(), self.config, self.layout, m) * 1e3
+
+    @property
+    def lib(self) -> object:
+        """The loaded library; not None once built."""
+        return self._provided.kernels.module if self._provided else None
+
+    def torch_func(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """The operator as a plain function."""
+        return self.forward(*args, **kwargs)
+
+    def get_source(self) -> str:
+        """The generated code of all kernels: LLVM IR."""
+        self._provide()
+        return _text(self._provided.source)  # type: ignore[union-attr]
+
+    @cached_property
+    def prim_func(self) -> tirx.PrimFunc:
+        """The unscheduled function of the largest bucket; printing it shows its script. Imports TVM."""
+        return expression_module(self.plan)[self.plan.buckets[-1][1]]
+
+    @cached_property
+    def scheduled_ir_module(self) -> tvm.IRModule:
+        """The scheduled functions of all buckets. Imports TVM."""
+        return scheduled_module(self.plan)
+
+    # -- what clients read -----------------------------------------------------------------------------------------------
+
+    M = property(lambda self: self.config.M)
+    N = property(lambda self: self.config.N)
+    K = property(lambda self: self.config.K)
+    A_dtype = property(lambda self: self.config.A_dtype)
+    W_dtype = property(lambda self: self.config.W_dtype)
+    out_dtype = property(lambda self: self.config.out_dtype)
+    accum_dtype = property(lambda self: self.config.accum_dtype)
+    storage_dtype = property(lambda self: self.config.storage_dtype)
+    with_scaling = property(lambda self: self.config.with_scaling)
+    with_zeros = property(lambda self: self.config.with_zeros)
+    with_bias = property(lambda self: self.config.with_bias)
+    group_size = property(lambda self: self.config.group_size)
+    zeros_mode = property(lambda self: self.config.zeros_mode)
+    fast_decoding = property(lambda self: self.config.fast_decoding)
+    propagate_a = property(lambda self: False)
+    propagate_b = property(lambda self: False)
+
+    @property
+    def bit(self) -> int:
+        """Bits of a weight."""
+        return self.config.format.bits
+
+    @property
+    def source_format(self) -> str:
+        """``"uint"``, ``"int"``, ``"nf"``, ``"fp"`` ``"fp_e4m3"``, ``"fp_e5m2"``, or ``"bf"``, as the original BitBLAS names it."""
+        names = {"nf4": "nf", "float8_e4m3": "fp_e4m3", "float8_e5m2": "fp_e5m2", "bfloat16": "bf"}
+        fmt = self.config.format
+        return fmt.kind if fmt.is_integer else names.get(fmt.name, "fp")
+
+    @cached_property
+    def lut(self) -> torch.Tensor | None:
+        """The 16 values of nf4 in A_dtype; None for other formats."""
+        if self.config.W_dtype != "nf4":
+            return None
+        dtype = self._a_dtype if self._a_dtype.is_floating_point else torch.float32
+        return torch.tensor(self.config.format.codebook, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"Matmul({self.config!r}, target={str(self.target)!r})"
+
+
+_FLAGS = {"scale": "scaling", "zeros": "zeros", "bias": "bias"}
+
+
+def _text(source: Path | str) -> str:
+    return source.read_text() if isinstance(source, Path) else source
+
+
+def _check_device(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_cpu:
+        raise ArgumentError(f"{name} is on device {tensor.device}; this operator runs on cpu")
+    if tensor.layout is not torch.strided:
+        raise ArgumentError(f"{name} has layout {tensor.layout}; it must be a dense tensor")
+
+
+def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether the address ranges of two tensors meet."""
+    if not first.numel() or not second.numel():
+        return False
+    (a, a_end), (b, b_end) = _address_range(first), _address_range(second)
+    return a < b_end and b < a_end
+
+
+def _address_range(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

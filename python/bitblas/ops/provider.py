@@ -1,0 +1,107 @@
+"""How an operator comes by its kernels: loaded from the store, else built into it, else compiled in memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import env
+from ..artifacts import ArtifactStore, artifact_key
+from ..build import LIBRARY, SCRIPT, SOURCE, build_library, compile_plan, find_compiler, toolchain
+from ..logs import warn_once
+from ..plan import MatmulPlan
+from ..runtime import Kernels, load_kernels, wrap_executable
+
+_LOGGER = logging.getLogger("bitblas")
+
+_stores: dict[Path, ArtifactStore] = {}
+_stores_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Provided:
+    """Kernels, and where they came from.
+
+    Attributes
+    ----------
+    kernels : Kernels
+        Ready to be called.
+    origin : str
+        ``"loaded"``, ``"compiled"`` (and stored), or ``"in memory"``.
+    seconds : float
+        How long it took.
+    source, script : Path or str
+        The generated code and the scheduled module: files of the artifact, or their texts.
+    """
+
+    kernels: Kernels
+    origin: str
+    seconds: float
+    source: Path | str
+    script: Path | str
+
+
+def store() -> ArtifactStore:
+    """The artifact store that BITBLAS_CACHE_DIR names now."""
+    root = env.CACHE_DIR.get()
+    with _stores_lock:
+        if root not in _stores:
+            _stores[root] = ArtifactStore(root)
+        return _stores[root]
+
+
+def plan_key(plan: MatmulPlan) -> str:
+    """The artifact key of a plan under the installed toolchain."""
+    return artifact_key({**plan.fields(), "toolchain": toolchain()})
+
+
+def provide(plan: MatmulPlan) -> Provided:
+    """Load the plan's kernels, building them first where the store has none.
+
+    Raises
+    ------
+    BuildError
+        TVM is missing where something has to be compiled, or a compiler failed.
+    ArtifactError
+        Others may write the store.
+    """
+    began = time.perf_counter()
+    key, target_store = plan_key(plan), store()
+    artifact, origin = target_store.load(key), "loaded"
+    if artifact is None:
+        compiler = find_compiler()
+        if compiler is None:
+            return _compile_in_memory(plan, began)
+
+        def build(staging: Path) -> Mapping[str, object]:
+            _LOGGER.info("building %s for buckets %s on %s into %s", *_describe(plan), target_store.root)
+            build_library(plan, staging, compiler)
+            return {"library": LIBRARY, "plan": plan.fields(), "toolchain": toolchain()}
+
+        artifact, built = target_store.get_or_build(key, build)
+        origin = "compiled" if built else "loaded"
+    kernels = load_kernels(artifact.file(LIBRARY), plan.target, plan.buckets)
+    seconds = time.perf_counter() - began
+    _LOGGER.info("%s %s for buckets %s on %s in %.3f s", origin, *_describe(plan), seconds)
+    return Provided(kernels, origin, seconds, artifact.file(SOURCE), artifact.file(SCRIPT))
+
+
+def _compile_in_memory(plan: MatmulPlan, began: float) -> Provided:
+    warn_once(
+        "no C compiler",
+        "there is no C compiler (cc, gcc or clang) to link compiled operators with: they are compiled in memory by every "
+        "process, and use TVM's threads instead of torch's. Install one, such as Debian's gcc, or name one in BITBLAS_CC.",
+    )
+    executable, script = compile_plan(plan)
+    kernels = wrap_executable(executable, plan.target, plan.buckets)
+    return Provided(kernels, "in memory", time.perf_counter() - began, executable.mod.inspect_source("ll"), script)
+
+
+def _describe(plan: MatmulPlan) -> tuple[str, str, str]:
+    config = plan.config
+    what = f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, N={config.N} K={config.K}"
+    return what, ", ".join(str(m) for m, _ in plan.buckets), plan.target.isa

@@ -1,0 +1,97 @@
+"""What was decided for one operator on one target: the weight layout, and a rule and tiling for each bucket of M."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .config import MatmulConfig
+from .layout import PackedLayout
+from .schedule import RULES, Problem, Tiling, select_rule
+from .target import Target
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One kernel of an operator.
+
+    Attributes
+    ----------
+    name : str
+        The function's name in the library.
+    rule : str
+        Name of the schedule rule.
+    tiling : Tiling
+        How it walks its loops.
+    buckets : tuple of int
+        The buckets it serves, ascending.
+    """
+
+    name: str
+    rule: str
+    tiling: Tiling
+    buckets: tuple[int, ...]
+
+    def fields(self) -> dict[str, object]:
+        """As JSON values."""
+        return {"name": self.name, "rule": self.rule, "tiling": self.tiling.fields(), "buckets": list(self.buckets)}
+
+
+@dataclass(frozen=True)
+class MatmulPlan:
+    """The kernels of one operator; every kernel computes any number of rows, its buckets are what it is fast for."""
+
+    config: MatmulConfig
+    target: Target
+    layout: PackedLayout
+    kernels: tuple[KernelPlan, ...]
+
+    def problem(self, kernel: KernelPlan) -> Problem:
+        """The problem that a kernel was planned for: its largest bucket."""
+        return Problem(self.config, self.layout, self.target, kernel.buckets[-1])
+
+    def fields(self) -> dict[str, object]:
+        """All that decides about the library's bytes, apart from versions, as JSON values."""
+        return {
+            "config": self.config.fields(),
+            "target": self.target.fields(),
+            "layout": self.layout.name,
+            "kernels": [kernel.fields() for kernel in self.kernels],
+        }
+
+    @property
+    def buckets(self) -> list[tuple[int, str]]:
+        """(bucket, kernel name), ascending: m takes the first bucket that is not smaller, beyond them the last."""
+        return sorted((m, kernel.name) for kernel in self.kernels for m in kernel.buckets)
+
+
+def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling] | None = None) -> MatmulPlan:
+    """Decide how to compute `config` on `target`.
+
+    Parameters
+    ----------
+    config : MatmulConfig
+        The question.
+    target : Target
+        The machine.
+    tuned : mapping of int to Tiling, optional
+        Measured choices by bucket; a bucket without one takes its rule's default.
+
+    Raises
+    ------
+    UnsupportedError
+        No rule serves a bucket.
+    """
+    layout = PackedLayout.native(config.N, config.K, config.format)
+    chosen: dict[tuple[str, Tiling], list[int]] = {}
+    for m in config.buckets:
+        problem = Problem(config, layout, target, m)
+        rule = select_rule(RULES, problem)
+        tilings = rule.tilings(problem)
+        tiling = (tuned or {}).get(m, tilings[0])
+        chosen.setdefault((rule.name, tiling if tiling in tilings else tilings[0]), []).append(m)
+    kernels = tuple(
+        KernelPlan(f"matmul_{index}", rule, tiling, tuple(buckets))
+        for index, ((rule, tiling), buckets) in enumerate(chosen.items())
+    )
+    return MatmulPlan(config, target, layout, kernels)
