@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import subprocess
-import tempfile
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from ._version import __version__
 from .errors import BuildError
 from .layout import LANES
 from .plan import MatmulPlan
-from .sources import source_dir
+from .sources import source_digest, source_dir
 
 if TYPE_CHECKING:
     import tvm
@@ -49,19 +49,25 @@ def find_compiler() -> str | None:
 
 @cache
 def toolchain() -> dict[str, str]:
-    """Versions of all that turns a plan into bytes, and a digest of `src/`; known without importing or running any of it."""
-    versions = {"bitblas": __version__}
+    """Versions of all that turns a plan into bytes, and digests of our own part; known without importing or running any."""
+    versions = {"bitblas": __version__, "sources": source_digest(), "generator": _generator_digest()}
     for name in ("apache-tvm", "apache-tvm-ffi"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = ""
-    digest = hashlib.sha256()
-    for path in sorted(source_dir().rglob("*")):
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    versions["src"] = digest.hexdigest()
     return versions
+
+
+def _generator_digest() -> str:
+    """Digest of the modules that write kernels, so that a change to one of them never meets an older artifact."""
+    package = Path(__file__).parent
+    modules = [package / name for name in ("build.py", "lowering.py", "transform.py")]
+    modules += [path for room in ("expr", "schedule") for path in sorted((package / room).glob("*.py"))]
+    digest = hashlib.sha256()
+    for path in modules:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def expression_module(plan: MatmulPlan) -> tvm.IRModule:
@@ -74,7 +80,7 @@ def expression_module(plan: MatmulPlan) -> tvm.IRModule:
     functions = {}
     for kernel in plan.kernels:
         tiling = kernel.tiling
-        expr = MatmulExpr(plan.config, plan.layout, tiling.block_m, tiling.block_n // LANES)
+        expr = MatmulExpr(plan.config, plan.layout, tiling.block_m, tiling.block_n // LANES, tiling.chunk(plan.config))
         func = describe(matmul_func(expr, kernel.name), plan.problem(kernel), kernel.rule, tiling)
         functions[kernel.name] = func
     return tvm.IRModule(functions)
@@ -85,7 +91,8 @@ def scheduled_module(plan: MatmulPlan) -> tvm.IRModule:
     from .schedule import RULES
     from .transform import ApplyDefaultSchedule
 
-    return ApplyDefaultSchedule(RULES, plan.target)(expression_module(plan))
+    schedule: tvm.transform.Pass = ApplyDefaultSchedule(RULES, plan.target)
+    return schedule(expression_module(plan))
 
 
 def compile_plan(plan: MatmulPlan) -> tuple[tvm.runtime.Executable, str]:
@@ -131,7 +138,7 @@ def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> None:
     executable.export_library(str(directory / LIBRARY), fcompile=_linker(compiler))
 
 
-def _linker(compiler: str):  # noqa: ANN202 - TVM's callback type
+def _linker(compiler: str) -> Callable[..., None]:
     def link(output: str, objects: list[str], **_options: object) -> None:
         shim = source_dir() / "cpu" / "parallel.c"
         command = [compiler, "-shared", "-fPIC", "-O2", "-fopenmp", "-o", output, *objects, str(shim), "-lm"]
@@ -140,8 +147,3 @@ def _linker(compiler: str):  # noqa: ANN202 - TVM's callback type
             raise BuildError("the C compiler could not link an operator", " ".join(command), done.stdout + done.stderr)
 
     return link
-
-
-def scratch_directory() -> tempfile.TemporaryDirectory[str]:
-    """A private directory for a build that is not kept."""
-    return tempfile.TemporaryDirectory(prefix="bitblas-")

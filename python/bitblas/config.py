@@ -143,15 +143,16 @@ class MatmulConfig:
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout is {self.layout!r}; allowed: {', '.join(LAYOUTS)}")
         if self.layout != "nt":
-            raise UnsupportedError(f"layout {self.layout!r} is not built yet; use 'nt' (A is (M, K), weights are (N, K))")
+            raise UnsupportedError(
+                f"layout {self.layout!r} is not built yet; use 'nt' (A is (M, K), weights are (N, K))"
+            )
 
     def _check_dtypes(self) -> None:
-        integer = self.A_dtype == "int8" and self.format.is_integer
-        if self.out_dtype in _INTEGER_DTYPES and not integer:
+        if self.out_dtype in _INTEGER_DTYPES and not self.integer_products:
             raise ConfigError(
                 f"out_dtype {self.out_dtype} needs A_dtype int8 and an integer W_dtype, not {self.A_dtype} and {self.W_dtype}"
             )
-        if self.accum_dtype == "int32" and not integer:
+        if self.accum_dtype == "int32" and not self.integer_products:
             raise ConfigError(
                 f"accum_dtype int32 needs A_dtype int8 and an integer W_dtype, not {self.A_dtype} and {self.W_dtype}"
             )
@@ -203,6 +204,11 @@ class MatmulConfig:
         return self.with_scaling or self.with_zeros
 
     @property
+    def integer_products(self) -> bool:
+        """Whether every product of an activation and a weight is an integer."""
+        return self.A_dtype == "int8" and self.format.is_integer
+
+    @property
     def zeros_packed(self) -> bool:
         """Whether zero points are integers packed along N."""
         return self.with_zeros and self.zeros_mode == "quantized"
@@ -210,7 +216,7 @@ class MatmulConfig:
     @property
     def integer_accumulation(self) -> bool:
         """Whether products are summed in int32 over all of K: int8 times integers, with no float operand inside the sum."""
-        if not (self.A_dtype == "int8" and self.format.is_integer):
+        if not self.integer_products:
             return False
         return (not self.with_scaling or self.num_groups == 1) and (not self.with_zeros or self.zeros_packed)
 

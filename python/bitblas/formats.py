@@ -128,7 +128,9 @@ _ROWS = (
     *(DataFormat(f"uint{b}", "uint", b, torch_name="uint8" if b == 8 else "") for b in range(1, 9)),
     *(DataFormat(f"int{b}", "int", b, torch_name="int8" if b == 8 else "") for b in range(1, 9)),
     DataFormat("nf4", "codebook", 4, _NF4, source="Dettmers et al. 2023, QLoRA, arXiv:2305.14314, appendix E"),
-    DataFormat("fp4_e2m1", "codebook", 4, _E2M1 + tuple(-v for v in _E2M1), source="OCP Microscaling Formats v1.0, 5.3.3"),
+    DataFormat(
+        "fp4_e2m1", "codebook", 4, _E2M1 + tuple(-v for v in _E2M1), source="OCP Microscaling Formats v1.0, 5.3.3"
+    ),
     DataFormat("float8_e4m3", "float8", 8, torch_name="float8_e4m3fn", source="OCP 8-bit Floating Point v1.0"),
     DataFormat("float8_e5m2", "float8", 8, torch_name="float8_e5m2", source="OCP 8-bit Floating Point v1.0"),
     DataFormat("float16", "float", 16, torch_name="float16", source="IEEE 754 binary16"),

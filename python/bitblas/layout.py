@@ -52,7 +52,8 @@ class PackedLayout:
     32 bits (`DataFormat.planes`), a plane is ``[N / 16][K / 8][16]`` words with 8 consecutive k in a word of `width` bytes;
     from 8 bits on it is ``[N / 16][K][16]`` codes.
 
-    Before -> after, for 4 bits: byte ``n * K / 2 + k / 2`` -> byte ``((n / 16) * (K / 8) + k / 8) * 64 + (n % 16) * 4 + k % 8 / 2``.
+    Before -> after, for 4 bits: byte ``n * K / 2 + k / 2``
+    -> byte ``((n / 16) * (K / 8) + k / 8) * 64 + (n % 16) * 4 + k % 8 / 2``.
     """
 
     N: int
@@ -111,8 +112,8 @@ class PackedLayout:
             found += [divmod(first + i, 8) for i in range(plane.width)]
         return found
 
-    def word_index(self, plane: Plane, n, k):  # noqa: ANN001, ANN201 - ints or expressions alike
-        """Index of the 16-lane line, and the lane, that hold (n, k) in a plane; takes ints or TE expressions."""
+    def word_index(self, plane: Plane, n: int, k: int) -> tuple[int, int]:
+        """Index of the 16-lane line, and the lane, that hold (n, k) in a plane."""
         return n // LANES * (self.K // plane.codes_per_word) + k // plane.codes_per_word, n % LANES
 
     def check(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tvm
 from tvm import tirx
 from tvm.s_tir.pipeline import default_s_tir_pipeline
@@ -31,7 +33,7 @@ def _relax(stmt: tirx.Stmt) -> tirx.Stmt:
     return tirx.AttrStmt(stmt.node, stmt.attr_key, value, _relax(stmt.body))
 
 
-def _pipeline():  # noqa: ANN202 - TVM's triple of passes
+def _pipeline() -> tuple[Any, Any, Any]:
     lower, finalize_host, finalize_device = default_s_tir_pipeline()
 
     def finalize() -> tvm.transform.Pass:

@@ -50,14 +50,18 @@ def encode(values: torch.Tensor, fmt: DataFormat, argument: str = "w") -> torch.
         if values.dtype in (torch.int8, torch.uint8):
             return values.contiguous().view(torch.uint8)
         if values.dtype is not getattr(torch, fmt.torch_name):
-            raise ArgumentError(f"{argument} has dtype {values.dtype}; allowed: torch.{fmt.torch_name}, or its bytes as int8")
+            raise ArgumentError(
+                f"{argument} has dtype {values.dtype}; allowed: torch.{fmt.torch_name}, or its bytes as int8"
+            )
         return values.contiguous().view(torch.uint8)
     return _encode_integers(values, fmt, argument)
 
 
 def _encode_integers(values: torch.Tensor, fmt: DataFormat, argument: str) -> torch.Tensor:
     if values.dtype is torch.bool or values.is_complex():
-        raise ArgumentError(f"{argument} has dtype {values.dtype}; {fmt.name} needs integers or whole floating-point numbers")
+        raise ArgumentError(
+            f"{argument} has dtype {values.dtype}; {fmt.name} needs integers or whole floating-point numbers"
+        )
     low, high = fmt.value_range if fmt.is_integer else (0, (1 << fmt.bits) - 1)
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     for first in range(0, values.shape[0], _BLOCK_ROWS):

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .config import MatmulConfig
+from .errors import UnsupportedError
 from .layout import PackedLayout
 from .schedule import RULES, Problem, Tiling, select_rule
 from .target import Target
+
+#: Kernels index weights with 32 bits.
+MAX_WEIGHT_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,14 @@ def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling
     Raises
     ------
     UnsupportedError
-        No rule serves a bucket.
+        No rule serves a bucket, or the weights have 2^31 bytes and more.
     """
     layout = PackedLayout.native(config.N, config.K, config.format)
+    if layout.num_bytes >= MAX_WEIGHT_BYTES:
+        raise UnsupportedError(
+            f"weights of {config.N} x {config.K} {config.W_dtype} have {layout.num_bytes} bytes; kernels index fewer than "
+            f"{MAX_WEIGHT_BYTES}. Split N over several operators"
+        )
     chosen: dict[tuple[str, Tiling], list[int]] = {}
     for m in config.buckets:
         problem = Problem(config, layout, target, m)

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .target import Target
+from .plan import MatmulPlan
 
 if TYPE_CHECKING:
     import tvm
 
 #: Kernels index with 32 bits: no matrix that they walk by rows may have this many elements.
-MAX_ELEMENTS = 1 << 31
+MAX_ELEMENTS = (1 << 31) - (1 << 24)
+#: Rows of a slab are a multiple of this, so that only the last one has a tail.
+_SLAB_MULTIPLE = 64
 
 
 class Kernels:
@@ -27,45 +29,54 @@ class Kernels:
         A loaded tvm_ffi module, or a TVM executable.
     buckets : sequence of (int, str)
         (bucket, function name), ascending.
+    slab : int
+        Rows that one launch computes at most.
     """
 
-    def __init__(self, module: object, buckets: Sequence[tuple[int, str]]) -> None:
+    def __init__(self, module: object, buckets: Sequence[tuple[int, str]], slab: int) -> None:
         self.module = module
+        self._slab = slab
+        self._last = len(buckets) - 1
         self._limits = [m for m, _ in buckets]
         found = {name: module[name] for _, name in buckets}  # type: ignore[index]
         self._functions: list[Callable[..., None]] = [found[name] for _, name in buckets]
 
-    def select(self, m: int) -> Callable[..., None]:
-        """The kernel for `m` rows: of the nearest bucket that is not smaller, beyond the largest of that one."""
-        return self._functions[min(bisect_left(self._limits, m), len(self._limits) - 1)]
-
     def launch(self, a: torch.Tensor, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """Compute `out` (m, N) from `a` (m, K), both contiguous, in slabs where 32-bit indices would not do."""
+        """Compute `out` (m, N) from `a` (m, K), both contiguous.
+
+        m takes the nearest bucket that is not smaller, beyond the largest that one; more rows than a slab
+        are computed slab by slab.
+        """
         m = a.shape[0]
-        slab = MAX_ELEMENTS // max(a.shape[1], out.shape[1]) - 64
-        if m <= slab:
-            self.select(m)(a, *operands, out)
+        if m <= self._slab:
+            self._functions[min(bisect_left(self._limits, m), self._last)](a, *operands, out)
             return
-        for first in range(0, m, slab):
-            rows = min(slab, m - first)
-            self.select(rows)(a[first : first + rows], *operands, out[first : first + rows])
+        for first in range(0, m, self._slab):
+            last = min(first + self._slab, m)
+            self.launch(a[first:last], operands, out[first:last])
 
 
-def load_kernels(library: Path, target: Target, buckets: Sequence[tuple[int, str]]) -> Kernels:
-    """Load a CPU library.
+def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
+    """Load the CPU library that was built from `plan`.
 
     Raises
     ------
     UnsupportedError
-        This machine cannot run code for `target`.
+        This machine cannot run code for the plan's target.
     """
-    target.check_runnable()
+    plan.target.check_runnable()
     import tvm_ffi
 
-    return Kernels(tvm_ffi.load_module(str(library)), buckets)
+    return _kernels(tvm_ffi.load_module(str(library)), plan)
 
 
-def wrap_executable(executable: tvm.runtime.Executable, target: Target, buckets: Sequence[tuple[int, str]]) -> Kernels:
+def wrap_executable(executable: tvm.runtime.Executable, plan: MatmulPlan) -> Kernels:
     """Use kernels that TVM has just compiled in memory."""
-    target.check_runnable()
-    return Kernels(executable.jit() if hasattr(executable, "jit") else executable, buckets)
+    plan.target.check_runnable()
+    return _kernels(executable.jit(), plan)
+
+
+def _kernels(module: object, plan: MatmulPlan) -> Kernels:
+    indexable = MAX_ELEMENTS // max(plan.config.N, plan.config.K) // _SLAB_MULTIPLE * _SLAB_MULTIPLE
+    slabs = [kernel.tiling.slab_m for kernel in plan.kernels if kernel.tiling.slab_m]
+    return Kernels(module, plan.buckets, min([max(1, indexable), *slabs]))

@@ -39,7 +39,12 @@ _V2 = frozenset({"sse4.2", "ssse3", "popcnt"})
 _V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _ICELAKE = _V4 | {"avx512vnni", "avx512vbmi"}
-_LEVELS = (("x86-64-v4", _V4), ("x86-64-v3", _V3), ("x86-64-v2", _V2), ("x86-64", frozenset()))
+_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("x86-64-v4", _V4),
+    ("x86-64-v3", _V3),
+    ("x86-64-v2", _V2),
+    ("x86-64", frozenset()),
+)
 
 #: What the CPUs that people name have, so that a warm operator needs no compiler to know it. Others are asked of LLVM.
 _CPUS: dict[str, frozenset[str]] = {
@@ -168,8 +173,12 @@ def resolve_target(target: object = None) -> Target:
         return _from_spec(dict(target), target)
     kind, attributes = getattr(target, "kind", None), getattr(target, "attrs", None)
     if kind is not None and attributes is not None:  # a tvm Target, without importing tvm to recognise it
-        return _from_spec({"kind": str(getattr(kind, "name", kind)), **{str(k): v for k, v in attributes.items()}}, target)
-    raise ConfigError(f"target is {target!r}; allowed: None, a string such as 'llvm' or 'llvm -mcpu=haswell', a dict, a Target")
+        return _from_spec(
+            {"kind": str(getattr(kind, "name", kind)), **{str(k): v for k, v in attributes.items()}}, target
+        )
+    raise ConfigError(
+        f"target is {target!r}; allowed: None, a string such as 'llvm' or 'llvm -mcpu=haswell', a dict, a Target"
+    )
 
 
 def _parse(text: str) -> dict[str, object]:
@@ -197,7 +206,9 @@ def _from_spec(spec: dict[str, object], given: object) -> Target:
     if kind == "cuda" or kind.startswith("nvidia/"):
         raise UnsupportedError(f"target is {given!r}: CUDA kernels are not built yet; allowed: llvm")
     if kind != "llvm":
-        raise ConfigError(f"target is {given!r}; allowed: llvm, optionally with -mcpu and -mattr, or one of {', '.join(_CPUS)}")
+        raise ConfigError(
+            f"target is {given!r}; allowed: llvm, optionally with -mcpu and -mattr, or one of {', '.join(_CPUS)}"
+        )
     mattr = spec.get("mattr") or ()
     mattr = tuple(mattr.split(",") if isinstance(mattr, str) else (str(a) for a in mattr))  # type: ignore[attr-defined]
     for attribute in mattr:

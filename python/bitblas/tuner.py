@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -155,12 +154,16 @@ def _record_path(config: MatmulConfig, target: Target) -> Path:
 def save_record(config: MatmulConfig, target: Target, found: dict[int, TunedBucket]) -> None:
     """Keep what was measured; a store that cannot be written costs only the record."""
     path = _record_path(config, target)
-    record = {"config": config.fields(), "target": str(target), "buckets": {m: row.fields() for m, row in found.items()}}
+    record = {
+        "config": config.fields(),
+        "target": str(target),
+        "buckets": {m: row.fields() for m, row in found.items()},
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(record, file, indent=1)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
     except OSError as error:
         _LOGGER.warning("the tuning record could not be kept in %s: %s", path.parent, error)
 

@@ -1,5 +1,6 @@
 """What all tests share: options, the hypothesis profile, the artifact store, seeds."""
 
+import functools
 import os
 import shutil
 import sys
@@ -59,3 +60,11 @@ def store(tmp_path):
     path.mkdir(mode=0o700)
     with env.scope(BITBLAS_CACHE_DIR=path):
         yield path
+
+
+@pytest.fixture(scope="session")
+def build():
+    """Operators for this CPU by config, each built once."""
+    import bitblas
+
+    return functools.cache(lambda config: bitblas.Matmul(config, target="llvm"))

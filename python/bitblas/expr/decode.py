@@ -10,8 +10,6 @@ from tvm.ir import Expr
 from ..formats import DataFormat
 
 
-
-
 def _mask(code: Expr, bits: int) -> Expr:
     return tirx.bitwise_and(code, tirx.const((1 << bits) - 1, "int32"))
 
@@ -32,7 +30,9 @@ def _decode_int(fmt: DataFormat, code: Expr) -> Expr:
     if fmt.bits == 1:
         return (_mask(code, 1) * 2 - 1).astype("float32")
     if fmt.bits == 8:
-        return tirx.shift_right(tirx.shift_left(code, tirx.const(24, "int32")), tirx.const(24, "int32")).astype("float32")
+        return tirx.shift_right(tirx.shift_left(code, tirx.const(24, "int32")), tirx.const(24, "int32")).astype(
+            "float32"
+        )
     return (_mask(code, fmt.bits) - fmt.code_offset).astype("float32")
 
 

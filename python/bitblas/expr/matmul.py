@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import te, tirx
 from tvm.ir import Expr
@@ -13,25 +14,26 @@ from .decode import decode
 
 #: The blocks of a matmul, in order of computation. ``words*``: one per bit plane; those that a config has no use for are
 #: absent. See `MatmulExpr`.
-BLOCKS = ("activation", "row_sum_lanes", "row_sum", "words", "unpack", "decode", "matmul", "scale", "zero", "accumulate", "epilogue")
-
-#: Sums of int8 products stay exact in float32 up to this many terms: 512 · 128 · 255 < 2^24.
-EXACT_INT8_TERMS = 512
-
-
-def reduction_chunk(config: MatmulConfig) -> int:
-    """How many consecutive k are summed in float32 before a group's scale, or int32, takes over."""
-    group = config.group if config.is_grouped else config.K
-    if not (config.A_dtype == "int8" and config.format.is_integer):
-        return group
-    return max(d for d in range(1, min(group, EXACT_INT8_TERMS) + 1) if group % d == 0)
+BLOCKS = (
+    "activation",
+    "row_sum_lanes",
+    "row_sum",
+    "words",
+    "unpack",
+    "decode",
+    "matmul",
+    "scale",
+    "zero",
+    "accumulate",
+    "epilogue",
+)
 
 
 @dataclass(frozen=True)
 class MatmulExpr:
     """What the expression is built from.
 
-    With chunks c of consecutive k (`reduction_chunk`), g(c) the group of a chunk, and codes d = decode(w)::
+    With chunks c of consecutive k, and g(c) the group of a chunk::
 
         activation[i, k]    = float32(A[min(i, m - 1), k])
         row_sum[i, c]       = Σ_k in c  activation[i, k]
@@ -51,17 +53,20 @@ class MatmulExpr:
     row_multiple, lane_multiple : int
         Rows, and blocks of 16 columns, are computed in multiples of these; what lies beyond M and N repeats the last row
         and column and is not stored.
+    chunk : int
+        How many consecutive k are summed in float32 before a group's scale, or int32, takes over; divides the group.
     """
 
     config: MatmulConfig
     layout: PackedLayout
-    row_multiple: int = 1
-    lane_multiple: int = 1
+    row_multiple: int
+    lane_multiple: int
+    chunk: int
 
     @property
-    def chunk(self) -> int:
-        """See `reduction_chunk`."""
-        return reduction_chunk(self.config)
+    def whole_words(self) -> bool:
+        """Whether a chunk begins and ends with a word of the lane layout."""
+        return self.chunk % UNIT == 0
 
     @property
     def padded_n(self) -> int:
@@ -69,7 +74,7 @@ class MatmulExpr:
         return _round_up(self.config.N, LANES * self.lane_multiple)
 
 
-def _round_up(value, multiple):  # noqa: ANN001, ANN202 - ints or expressions alike
+def _round_up(value: Any, multiple: int) -> Any:
     return (value + multiple - 1) // multiple * multiple
 
 
@@ -86,9 +91,7 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     arguments = [A, W]
 
-    activation = te.compute(
-        (rows, cfg.K), lambda i, k: A[te.min(i, m - 1), k].astype("float32"), name="activation"
-    )
+    activation = te.compute((rows, cfg.K), lambda i, k: A[te.min(i, m - 1), k].astype("float32"), name="activation")
     decoded = _decoded(expr, W)
     kk = te.reduce_axis((0, chunk), name="kk")
     partial = te.compute(
@@ -105,13 +108,14 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     accumulated = _accumulate(expr, rows, partial, row_sum, scale, zero)
 
     def epilogue(i: Expr, n: Expr) -> Expr:
-        value = accumulated[i, n]
-        if cfg.integer_accumulation and scale is not None:
-            value = value.astype("float32") * scale[0, n]
+        value, integer = accumulated[i, n], cfg.integer_accumulation
+        if integer and scale is not None:
+            value, integer = value.astype("float32") * scale[0, n], False
         if bias is not None:
-            wide = "int32" if value.dtype == "int32" and cfg.bias_dtype == "int32" else "float32"
+            integer = integer and cfg.bias_dtype == "int32"
+            wide = "int32" if integer else "float32"
             value = value.astype(wide) + bias[n].astype(wide)
-        return _store_as(value, cfg.out_dtype)
+        return _store_as(value, integer, cfg.out_dtype)
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
@@ -127,12 +131,17 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
         )
     else:
         words = [_words(expr, W, index) for index in range(len(layout.planes))]
-        unpacked = te.compute((cfg.K, expr.padded_n), lambda k, n: _lane_code(layout, words, n, k), name="unpack")
+        unpacked = te.compute(
+            (cfg.K, expr.padded_n), lambda k, n: _lane_code(layout, words, expr.whole_words, n, k), name="unpack"
+        )
     return te.compute((cfg.K, expr.padded_n), lambda k, n: decode(fmt, unpacked[k, n]), name="decode")
 
 
 def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
-    """Block words{index}: (words along K, padded N) int32, the words of one plane of the lane layout."""
+    """Block words{index}: int32 words of one plane of the lane layout, (words along K, padded N).
+
+    Where chunks of k do not end with a word, the first dimension is k itself: a chunk's words would not be an affine range.
+    """
     cfg, plane = expr.config, expr.layout.planes[index]
     per_lane = cfg.K // plane.codes_per_word
 
@@ -140,10 +149,11 @@ def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
         block = n // LANES
         if expr.padded_n != cfg.N:
             block = te.min(block, cfg.N // LANES - 1)
+        u = u if expr.whole_words else u // plane.codes_per_word
         first = plane.offset + ((block * per_lane + u) * LANES + n % LANES) * plane.word_bytes
         return join_bytes([W[first + j] for j in range(plane.word_bytes)])
 
-    return te.compute((per_lane, expr.padded_n), word, name=f"words{index}")
+    return te.compute((per_lane if expr.whole_words else cfg.K, expr.padded_n), word, name=f"words{index}")
 
 
 def join_bytes(parts: list[Expr]) -> Expr:
@@ -156,13 +166,13 @@ def join_bytes(parts: list[Expr]) -> Expr:
     return word
 
 
-def _lane_code(layout: PackedLayout, words: list[te.Tensor], n: Expr, k: Expr) -> Expr:
+def _lane_code(layout: PackedLayout, words: list[te.Tensor], whole_words: bool, n: Expr, k: Expr) -> Expr:
     """The code of (n, k) in its lowest bits; the top plane is not masked, `decode` does that."""
     code: Expr | None = None
-    for plane, word in zip(layout.planes, words):
+    for plane, word in zip(layout.planes, words, strict=True):
         if plane.width >= 8:
             return word[k, n]
-        part = tirx.shift_right(word[k // UNIT, n], k % UNIT * plane.width)
+        part = tirx.shift_right(word[k // UNIT if whole_words else k, n], k % UNIT * plane.width)
         if plane is not layout.planes[-1] and plane.low_bit + plane.width < layout.bits:
             part = tirx.bitwise_and(part, tirx.const((1 << plane.width) - 1, "int32"))
         part = tirx.shift_left(part, tirx.const(plane.low_bit, "int32")) if plane.low_bit else part
@@ -240,11 +250,12 @@ def _accumulate(
 ) -> te.Tensor:
     """Sum the chunks of the reduction, each with the zero point and the scale of its group."""
     cfg = expr.config
-    per_group = cfg.group // expr.chunk
+    groups = cfg.num_groups if cfg.is_grouped else 1
+    chunks_per_group = cfg.K // groups // expr.chunk
     c = te.reduce_axis((0, cfg.K // expr.chunk), name="c")
 
     def term(i: Expr, n: Expr) -> Expr:
-        value, g = partial[i, n, c], c // per_group if cfg.num_groups > 1 else 0
+        value, g = partial[i, n, c], c // chunks_per_group if groups > 1 else 0
         shift = row_sum[i, c] * zero[g, n] if zero is not None else None
         if cfg.integer_accumulation:
             value = value.astype("int32")
@@ -257,12 +268,12 @@ def _accumulate(
     return te.compute((rows, expr.padded_n), lambda i, n: te.sum(term(i, n), axis=c), name="accumulate")
 
 
-def _store_as(value: Expr, dtype: str) -> Expr:
+def _store_as(value: Expr, integer: bool, dtype: str) -> Expr:
     """Convert the accumulated value; integers round to nearest, ties to even, and saturate."""
     if dtype not in ("int8", "int32"):
         return value.astype(dtype)
     low, high = (-128, 127) if dtype == "int8" else (-(2**31), 2**31 - 1)
-    if value.dtype == "int32":
+    if integer:
         if dtype == "int32":
             return value
         return te.max(te.min(value, tirx.const(high, "int32")), tirx.const(low, "int32")).astype(dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,13 @@ import torch
 
 from .. import packing, tuner
 from ..build import expression_module, scheduled_module
-from ..config import SCALE_DTYPES, MatmulConfig
+from ..config import MatmulConfig
 from ..errors import ArgumentError, ConfigError
 from ..layout import PackedLayout
 from ..plan import MatmulPlan, plan_matmul
 from ..runtime import Kernels
 from ..target import Target, resolve_target
+from .arguments import Door
 from .provider import Provided, provide
 
 if TYPE_CHECKING:
@@ -84,26 +84,9 @@ class Matmul:
         self.plan: MatmulPlan = plan_matmul(config, self.target, tuned)
         self._lock = threading.Lock()
         self._provided: Provided | None = None
-        self._set_expectations()
+        self._door = Door(config, tuple(self.retrieve_weight_shape()))
         if not from_database:
             self._provide()
-
-    def _set_expectations(self) -> None:
-        """Compute once what each call is checked against."""
-        config = self.config
-        self._a_dtype = getattr(torch, config.A_dtype)
-        self._out_dtype = getattr(torch, config.out_dtype)
-        self._scale_dtype = getattr(torch, config.scale_dtype)
-        self._bias_dtype = getattr(torch, config.bias_dtype)
-        self._weight_shape = tuple(self.retrieve_weight_shape())
-        self._weight_dtypes = {torch.int8, torch.uint8}
-        if config.format.torch_name:
-            self._weight_dtypes.add(getattr(torch, config.format.torch_name))
-        if config.format.is_native:
-            self._weight_dtypes = {getattr(torch, config.format.torch_name)}
-        wanted = (("scale", config.with_scaling), ("zeros", config.with_zeros), ("bias", config.with_bias))
-        self._wanted = tuple(name for name, is_wanted in wanted if is_wanted)
-        self._static_m = config.M if isinstance(config.M, int) else None
 
     # -- weights ---------------------------------------------------------------------------------------------------------
 
@@ -181,8 +164,10 @@ class Matmul:
 
     def unpack_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The (N, K) codes of a weight in this operator's layout: uint8, or int16 and int32 bit patterns of native dtypes."""
-        if tuple(weight.shape) != self._weight_shape:
-            raise ArgumentError(f"weight has shape {tuple(weight.shape)}; expected {self._weight_shape}")
+        if tuple(weight.shape) != tuple(self.retrieve_weight_shape()):
+            raise ArgumentError(
+                f"weight has shape {tuple(weight.shape)}; expected {tuple(self.retrieve_weight_shape())}"
+            )
         return packing.unpack(weight.detach(), self.layout)
 
     @property
@@ -233,130 +218,16 @@ class Matmul:
         ArgumentError
             A tensor is missing, superfluous, or of the wrong kind, shape, dtype or device. No kernel has run then.
         """
-        given = {"scale": scale, "zeros": zeros, "bias": bias}
-        if extras:
-            output = self._bind(extras, given, output)
-        shape, a = self._check_activation(A)
-        operands = [self._check_weight(W)]
-        for name in self._wanted:
-            operands.append(self._check_operand(name, given.pop(name)))
-        for name, value in given.items():
-            if value is not None:
-                raise ArgumentError(f"{name} was given, but this operator has none (with_{_FLAGS[name]}=False)")
-        out = self._check_output(output, shape, A, operands)
+        named = None
+        if scale is not None or zeros is not None or bias is not None:
+            named = {"scale": scale, "zeros": zeros, "bias": bias}
+        a, operands, out = self._door.enter(A, W, extras, named, output)
         if a.shape[0]:
-            self._provide().launch(a, operands, out.view(-1, self.config.N))
+            kernels = self._provided.kernels if self._provided is not None else self._provide()
+            kernels.launch(a, operands, out if out.dim() == 2 else out.view(-1, self.config.N))
         return out
 
     __call__ = forward
-
-    def _bind(
-        self, extras: tuple[torch.Tensor | None, ...], given: dict[str, torch.Tensor | None], output: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Assign tensors given by position to the wanted names in order, and one more to `output`."""
-        places = [name for name in self._wanted if given[name] is None]
-        present = [extra for extra in extras if extra is not None]
-        for name, tensor in zip(places, present):
-            given[name] = tensor
-        rest = present[len(places) :]
-        if len(rest) > 1 or (rest and output is not None):
-            wanted = ", ".join(self._wanted) or "no scale, zeros or bias"
-            raise ArgumentError(f"{len(present)} extra tensors were given by position; this operator takes {wanted}")
-        if rest and tuple(rest[0].shape[-1:]) != (self.config.N,):
-            wanted = ", ".join(self._wanted) or "no scale, zeros or bias"
-            raise ArgumentError(f"a tensor of shape {tuple(rest[0].shape)} is superfluous: this operator takes {wanted}")
-        return rest[0] if rest else output
-
-    def _check_activation(self, A: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
-        """The output's shape, and A as a contiguous (m, K)."""
-        if not isinstance(A, torch.Tensor):
-            raise ArgumentError(f"A is a {type(A).__name__}; it must be a torch.Tensor")
-        if A.dtype is not self._a_dtype:
-            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
-        _check_device("A", A)
-        shape, k = tuple(A.shape), self.config.K
-        if not shape or shape[-1] != k:
-            raise ArgumentError(f"A has shape {shape}; its last dimension must be K = {k}")
-        rows = prod(shape[:-1])
-        if self._static_m is not None and rows != self._static_m and rows:
-            raise ArgumentError(f"A has shape {shape}, {rows} rows; this operator was built for M = {self._static_m}")
-        if A.requires_grad:
-            A = A.detach()
-        if len(shape) != 2:
-            A = A.reshape(rows, k)
-        return (*shape[:-1], self.config.N), A.contiguous()
-
-    def _check_weight(self, W: torch.Tensor) -> torch.Tensor:
-        if not isinstance(W, torch.Tensor):
-            raise ArgumentError(f"W is a {type(W).__name__}; it must be a torch.Tensor")
-        if W.dtype not in self._weight_dtypes:
-            allowed = ", ".join(sorted(str(dtype) for dtype in self._weight_dtypes))
-            raise ArgumentError(f"W has dtype {W.dtype}; allowed: {allowed}")
-        if W.shape != self._weight_shape:
-            raise ArgumentError(f"W has shape {tuple(W.shape)}; expected {self._weight_shape}, as transform_weight gives it")
-        _check_device("W", W)
-        if W.requires_grad:
-            W = W.detach()
-        flat = W.contiguous().view(-1)
-        return flat if flat.dtype is torch.int8 else flat.view(torch.int8)
-
-    def _check_operand(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
-        config = self.config
-        if tensor is None:
-            raise ArgumentError(f"{name} is missing: this operator was built with_{_FLAGS[name]}=True")
-        if not isinstance(tensor, torch.Tensor):
-            raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-        _check_device(name, tensor)
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        if name == "bias":
-            return self._check_dtype(name, tensor, (config.N,), (self._a_dtype, self._out_dtype), self._bias_dtype)
-        if name == "zeros" and config.zeros_packed:
-            shape: tuple[int, ...] = (config.num_groups, (config.N * config.format.bits + 7) // 8)
-            return self._check_dtype(name, tensor, shape, (torch.int8, torch.uint8), torch.int8).view(-1)
-        shape = (config.N, config.num_groups)
-        if config.num_groups == 1 and tensor.dim() == 1:
-            tensor = tensor.unsqueeze(1)
-        allowed = (self._a_dtype,) if config.A_dtype != "int8" else tuple(getattr(torch, d) for d in SCALE_DTYPES)
-        return self._check_dtype(name, tensor, shape, allowed, self._scale_dtype)
-
-    def _check_dtype(
-        self,
-        name: str,
-        tensor: torch.Tensor,
-        shape: tuple[int, ...],
-        allowed: tuple[torch.dtype, ...],
-        wanted: torch.dtype,
-    ) -> torch.Tensor:
-        if tensor.dtype not in allowed:
-            names = ", ".join(dict.fromkeys(str(dtype) for dtype in allowed))
-            raise ArgumentError(f"{name} has dtype {tensor.dtype}; allowed: {names}")
-        if tensor.shape != shape:
-            raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-        if tensor.dtype is not wanted:
-            tensor = tensor.view(wanted) if not wanted.is_floating_point and wanted.itemsize == 1 else tensor.to(wanted)
-        return tensor.contiguous()
-
-    def _check_output(
-        self, output: torch.Tensor | None, shape: tuple[int, ...], A: torch.Tensor, operands: list[torch.Tensor]
-    ) -> torch.Tensor:
-        if output is None:
-            return torch.empty(shape, dtype=self._out_dtype, device=A.device)
-        if not isinstance(output, torch.Tensor):
-            raise ArgumentError(f"output is a {type(output).__name__}; it must be a torch.Tensor")
-        if output.dtype is not self._out_dtype:
-            raise ArgumentError(f"output has dtype {output.dtype}; this operator gives {self._out_dtype}")
-        if tuple(output.shape) != shape:
-            raise ArgumentError(f"output has shape {tuple(output.shape)}; expected {shape}")
-        _check_device("output", output)
-        if not output.is_contiguous():
-            raise ArgumentError(f"output has strides {output.stride()}; it must be contiguous")
-        if output.requires_grad and torch.is_grad_enabled():
-            raise ArgumentError("output requires a gradient; give a tensor that does not, or none")
-        for tensor in (A, *operands):
-            if _overlap(output, tensor):
-                raise ArgumentError("output shares memory with an input; give a tensor of its own, or none")
-        return output.detach() if output.requires_grad else output
 
     # -- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -461,7 +332,7 @@ class Matmul:
 
     @property
     def source_format(self) -> str:
-        """``"uint"``, ``"int"``, ``"nf"``, ``"fp"`` ``"fp_e4m3"``, ``"fp_e5m2"``, or ``"bf"``, as the original BitBLAS names it."""
+        """The format's family, as the original BitBLAS names it: uint, int, nf, fp, fp_e4m3, fp_e5m2 or bf."""
         names = {"nf4": "nf", "float8_e4m3": "fp_e4m3", "float8_e5m2": "fp_e5m2", "bfloat16": "bf"}
         fmt = self.config.format
         return fmt.kind if fmt.is_integer else names.get(fmt.name, "fp")
@@ -471,35 +342,11 @@ class Matmul:
         """The 16 values of nf4 in A_dtype; None for other formats."""
         if self.config.W_dtype != "nf4":
             return None
-        dtype = self._a_dtype if self._a_dtype.is_floating_point else torch.float32
-        return torch.tensor(self.config.format.codebook, dtype=dtype)
+        return torch.tensor(self.config.format.codebook, dtype=getattr(torch, self.config.scale_dtype))
 
     def __repr__(self) -> str:
         return f"Matmul({self.config!r}, target={str(self.target)!r})"
 
 
-_FLAGS = {"scale": "scaling", "zeros": "zeros", "bias": "bias"}
-
-
 def _text(source: Path | str) -> str:
     return source.read_text() if isinstance(source, Path) else source
-
-
-def _check_device(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_cpu:
-        raise ArgumentError(f"{name} is on device {tensor.device}; this operator runs on cpu")
-    if tensor.layout is not torch.strided:
-        raise ArgumentError(f"{name} has layout {tensor.layout}; it must be a dense tensor")
-
-
-def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether the address ranges of two tensors meet."""
-    if not first.numel() or not second.numel():
-        return False
-    (a, a_end), (b, b_end) = _address_range(first), _address_range(second)
-    return a < b_end and b < a_end
-
-
-def _address_range(tensor: torch.Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

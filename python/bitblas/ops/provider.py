@@ -84,7 +84,7 @@ def provide(plan: MatmulPlan) -> Provided:
 
         artifact, built = target_store.get_or_build(key, build)
         origin = "compiled" if built else "loaded"
-    kernels = load_kernels(artifact.file(LIBRARY), plan.target, plan.buckets)
+    kernels = load_kernels(artifact.file(LIBRARY), plan)
     seconds = time.perf_counter() - began
     _LOGGER.info("%s %s for buckets %s on %s in %.3f s", origin, *_describe(plan), seconds)
     return Provided(kernels, origin, seconds, artifact.file(SOURCE), artifact.file(SCRIPT))
@@ -97,7 +97,7 @@ def _compile_in_memory(plan: MatmulPlan, began: float) -> Provided:
         "process, and use TVM's threads instead of torch's. Install one, such as Debian's gcc, or name one in BITBLAS_CC.",
     )
     executable, script = compile_plan(plan)
-    kernels = wrap_executable(executable, plan.target, plan.buckets)
+    kernels = wrap_executable(executable, plan)
     return Provided(kernels, "in memory", time.perf_counter() - began, executable.mod.inspect_source("ll"), script)
 
 

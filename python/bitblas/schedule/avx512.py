@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..layout import LANES
@@ -16,6 +17,13 @@ SERIAL_WORK = 1 << 16
 
 #: Rows up to which one tile of rows holds them all, so that weights are decoded exactly once.
 SMALL_M = 4
+
+
+#: k that are decoded into a panel at a time: 128 · 64 columns of float32 fit an L1 cache of 48 KB beside the activations.
+PANEL_K = 128
+
+#: Rows of one launch: their activations, 256 · 4096 of float32, stay in caches beyond the first.
+SLAB_M = 256
 
 
 class _Avx512Rule(ScheduleRule):
@@ -57,10 +65,13 @@ class Avx512Gemm(_Avx512Rule):
 
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
+        if problem.m <= SMALL_M:
+            return _tilings(problem, [(problem.m, 2), (problem.m, 4), (problem.m, 1)])
         shapes = [(8, 2), (12, 2), (6, 4), (4, 4), (4, 6)]
-        if problem.m < 8:
-            shapes = [(problem.m, 2), (problem.m, 4), (problem.m, 1)]
-        return _tilings(problem, shapes)
+        return [
+            replace(tiling, chunk_k=PANEL_K, panel=True, slab_m=SLAB_M // tiling.block_m * tiling.block_m)
+            for tiling in _tilings(problem, shapes)
+        ]
 
 
 def _tilings(problem: Problem, shapes: list[tuple[int, int]]) -> list[Tiling]:

@@ -23,9 +23,7 @@ def load_words(word_bytes: int) -> str:
     size, vector = LANES * word_bytes, _UNSIGNED[word_bytes]
 
     @T.prim_func(s_tir=True)
-    def meaning(
-        W: T.Buffer((size,), "int8", offset_factor=1), U: T.Buffer((LANES,), "int32", offset_factor=1)
-    ) -> None:
+    def meaning(W: T.Buffer((size,), "int8", offset_factor=1), U: T.Buffer((LANES,), "int32", offset_factor=1)) -> None:
         with T.sblock("root"):
             T.reads(W[0:size])
             T.writes(U[0:LANES])

@@ -9,7 +9,6 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ..config import MatmulConfig
-from ..expr.matmul import reduction_chunk
 from ..layout import LANES
 from .intrinsics import load_words
 from .rule import Problem, Tiling
@@ -18,25 +17,37 @@ from .rule import Problem, Tiling
 def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, decode_intrinsic: str | None) -> Schedule:
     """Schedule a matmul for lanes.
 
-    Before -> after::
+    Before -> after, where weights are decoded in registers::
 
         activation, row_sum, decode, matmul, accumulate, epilogue, each over everything
         ->
         activation, row_sum                                  (once, parallel over rows when there are many)
-        parallel (panel of rows, tile of columns):
+        parallel tile of columns:
             for tile of rows:
                 for chunk of k:
                     for ko: words; for ki unrolled: unpack, decode, matmul      (all in registers)
                     scale, zero, accumulate
                 epilogue
+
+    and where they are decoded into a panel::
+
+        parallel tile of columns:
+            for chunk of k:
+                for ko: words; for ki unrolled: unpack, decode                   (chunk x tile, in the L1 cache)
+                scale, zero
+                for tile of rows:
+                    for ko; for ki unrolled: matmul
+                    accumulate
+            for tile of rows: epilogue
     """
     sch = Schedule(tirx.PrimFunc.with_attr(func, {"tirx.noalias": True}))
     nest = _Nest(sch, problem, tiling, decode_intrinsic)
     nest.activations()
-    tile = nest.tiles()
-    chunk_loop = nest.accumulate(tile)
-    nest.scales(chunk_loop)
-    nest.matmul(chunk_loop)
+    outer, tile = nest.tiles()
+    chunk, tile = nest.accumulate(outer if tiling.panel else tile)
+    nest.scales(chunk)
+    inner, words = nest.matmul(chunk if tile is None else tile)
+    nest.weights(chunk if tiling.panel else inner, words)
     nest.finish()
     return sch
 
@@ -49,6 +60,8 @@ class _Nest:
         self.config: MatmulConfig = problem.config
         self.decode_intrinsic = decode_intrinsic
         self.lane_blocks = tiling.block_n // LANES
+        self.chunk = tiling.chunk(self.config)
+        self.unrolled_k = math.gcd(tiling.block_k, self.chunk)
         self.reductions: list[tuple[SBlockRV, LoopRV]] = []  # to be split into init and update at the very end
 
     def split_lanes(self, loop: LoopRV) -> tuple[LoopRV, LoopRV]:
@@ -71,7 +84,7 @@ class _Nest:
                 sch.parallel(row)
         if not self.config.with_zeros:
             return
-        if reduction_chunk(self.config) % LANES == 0:
+        if self.chunk % LANES == 0:
             lanes = sch.get_sblock("row_sum_lanes")
             row, _, lane, j = sch.get_loops(lanes)
             sch.reorder(j, lane)
@@ -84,38 +97,35 @@ class _Nest:
         if many:
             sch.parallel(sch.get_loops(sch.get_sblock("row_sum"))[0])
 
-    def tiles(self) -> LoopRV:
-        """Tile the output; returns the loop over tiles of rows, under which all the rest is computed."""
+    def tiles(self) -> tuple[LoopRV, LoopRV]:
+        """Tile the output; returns the loops over tiles of columns and of rows."""
         sch, tiling = self.sch, self.tiling
-        epilogue = sch.get_sblock("epilogue")
-        i, n = sch.get_loops(epilogue)
+        i, n = sch.get_loops(sch.get_sblock("epilogue"))
         tile, row = sch.split(i, [None, tiling.block_m])
         outer, block, lane = sch.split(n, [None, self.lane_blocks, LANES])
-        if tiling.panel_m:
-            panel, tile = sch.split(tile, [None, tiling.panel_m // tiling.block_m])
-            sch.reorder(panel, outer, tile, row, block, lane)
-            outer = sch.fuse(panel, outer)
-        else:
-            sch.reorder(outer, tile, row, block, lane)
+        sch.reorder(outer, tile, row, block, lane)
         if tiling.parallel:
             sch.parallel(outer)
         sch.unroll(row)
         sch.unroll(block)
         sch.vectorize(lane)
-        return tile
+        return outer, tile
 
-    def accumulate(self, tile: LoopRV) -> LoopRV:
-        """Place the sums of a tile; returns the loop over chunks of k."""
+    def accumulate(self, place: LoopRV) -> tuple[LoopRV, LoopRV | None]:
+        """Place the sums of a tile; returns the loop over chunks of k, and with a panel the one over tiles of rows in it."""
         sch = self.sch
         block = sch.get_sblock("accumulate")
-        sch.compute_at(block, tile, preserve_unit_loops=True)
+        sch.compute_at(block, place, preserve_unit_loops=True)
         row, n, chunk = sch.get_loops(block)[-3:]
+        tile = None
+        if self.tiling.panel:
+            tile, row = sch.split(row, [None, self.tiling.block_m])
         blocks, lanes = self.split_lanes(n)
-        sch.reorder(chunk, row, blocks, lanes)
+        sch.reorder(chunk, *([tile] if tile else []), row, blocks, lanes)
         sch.unroll(row)
         sch.vectorize(lanes)
         self.reductions.append((block, chunk))
-        return chunk
+        return chunk, tile
 
     def scales(self, chunk_loop: LoopRV) -> None:
         for name, wanted in (("scale", self.config.with_scaling), ("zero", self.config.with_zeros)):
@@ -128,27 +138,32 @@ class _Nest:
             self.sch.compute_at(block, place, preserve_unit_loops=True)
             self.sch.vectorize(self.split_lanes(self.sch.get_loops(block)[-1])[1])
 
-    def matmul(self, chunk_loop: LoopRV) -> None:
-        sch, tiling = self.sch, self.tiling
+    def matmul(self, place: LoopRV) -> tuple[LoopRV, LoopRV]:
+        """Place the products; returns the loop over unrolled k and the one around it."""
+        sch = self.sch
         block = sch.get_sblock("matmul")
-        sch.compute_at(block, chunk_loop, preserve_unit_loops=True)
+        sch.compute_at(block, place, preserve_unit_loops=True)
         row, n, chunk, k = sch.get_loops(block)[-4:]
         blocks, lanes = self.split_lanes(n)
-        outer, inner = sch.split(k, [None, math.gcd(tiling.block_k, reduction_chunk(self.config))])
+        outer, inner = sch.split(k, [None, self.unrolled_k])
         sch.reorder(chunk, outer, inner, row, blocks, lanes)
         sch.unroll(inner)
         sch.unroll(row)
         sch.vectorize(lanes)
         self.reductions.append((block, outer))
-        self.weights(outer, inner)
+        return inner, outer
 
-    def weights(self, outer: LoopRV, inner: LoopRV) -> None:
-        """Words are loaded once for the k that share them; codes are decoded where they are used."""
+    def weights(self, place: LoopRV, words_place: LoopRV) -> None:
+        """Words are loaded once for the k that share them; codes are decoded in registers, or into a panel."""
         sch, layout = self.sch, self.problem.layout
         decode, unpack = sch.get_sblock("decode"), sch.get_sblock("unpack")
-        sch.compute_at(decode, inner, preserve_unit_loops=True)
-        sch.compute_at(unpack, inner, preserve_unit_loops=True)
-        lanes = self.split_lanes(sch.get_loops(decode)[-1])[1]
+        sch.compute_at(decode, place, preserve_unit_loops=True)
+        k, n = sch.get_loops(decode)[-2:]
+        lanes = self.split_lanes(n)[1]
+        if self.tiling.panel:
+            words_place, place = sch.split(k, [None, self.unrolled_k])
+            sch.unroll(place)
+        sch.compute_at(unpack, place, preserve_unit_loops=True)
         if self.decode_intrinsic is None:
             sch.vectorize(lanes)
         else:
@@ -158,7 +173,8 @@ class _Nest:
             return
         for index, plane in enumerate(layout.planes):
             words = sch.get_sblock(f"words{index}")
-            sch.compute_at(words, outer if plane.codes_per_word > 1 else inner, preserve_unit_loops=True)
+            shared = plane.codes_per_word > 1 and self.chunk % plane.codes_per_word == 0
+            sch.compute_at(words, words_place if shared else place, preserve_unit_loops=True)
             sch.tensorize(self.split_lanes(sch.get_loops(words)[-1])[1], load_words(plane.word_bytes))
 
     def finish(self) -> None:

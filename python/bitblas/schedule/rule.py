@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from tvm.s_tir import Schedule
 
 
+#: Sums of int8 products stay exact in float32 up to this many terms: 512 · 128 · 255 < 2^24.
+EXACT_INT8_TERMS = 512
+
+#: A divisor of a group that is smaller than this makes no good chunk: then the whole group is one.
+_SHORTEST_CHUNK = 32
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a kernel walks its loops.
@@ -26,8 +33,13 @@ class Tiling:
         Rows and columns whose sums stay in registers; block_n is a multiple of 16.
     block_k : int
         Consecutive k that are unrolled.
-    panel_m : int
-        Rows that a thread finishes for all its columns before it goes on to the next rows; 0 means all.
+    chunk_k : int
+        Most k that are summed before a group's scale, or the sum of all chunks, takes over; 0 means a whole group.
+    panel : bool
+        Whether weights are decoded once for all rows, a chunk at a time into a panel, instead of in registers for each tile
+        of rows.
+    slab_m : int
+        Rows that one launch computes at most, so that their activations stay in a cache; 0 means all.
     parallel : bool
         Whether the kernel uses torch's threads.
     """
@@ -35,12 +47,26 @@ class Tiling:
     block_m: int
     block_n: int
     block_k: int
-    panel_m: int = 0
+    chunk_k: int = 0
+    panel: bool = False
+    slab_m: int = 0
     parallel: bool = True
 
     def fields(self) -> dict[str, object]:
         """As JSON values."""
         return asdict(self)
+
+    def chunk(self, config: MatmulConfig) -> int:
+        """How many consecutive k are summed at once: a divisor of the group."""
+        group = config.group if config.is_grouped else config.K
+        if config.integer_products:  # exactness comes before speed
+            return _largest_divisor(group, min(EXACT_INT8_TERMS, self.chunk_k or EXACT_INT8_TERMS))
+        found = _largest_divisor(group, self.chunk_k or group)
+        return found if found >= min(_SHORTEST_CHUNK, group) else group
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    return max(d for d in range(1, min(value, limit) + 1) if value % d == 0)
 
 
 @dataclass(frozen=True)

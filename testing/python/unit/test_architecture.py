@@ -152,5 +152,9 @@ def test_habits(module):
             assert node.type is not None, f"{module}:{node.lineno} has a bare except"
         if isinstance(node, ast.ImportFrom):
             assert all(alias.name != "*" for alias in node.names), f"{module}:{node.lineno} imports *"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and module.split("/")[0] not in ("cli.py", "cli"):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and module.split("/")[0] not in ("cli.py", "cli")
+        ):
             assert node.func.id != "print", f"{module}:{node.lineno} prints"

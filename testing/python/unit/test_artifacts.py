@@ -1,8 +1,7 @@
-"""The artifact store: keys, verification, races, killed builds, damage, full and read-only disks, foreign directories."""
+"""The artifact store: keys, verification, races, killed builds, damage, full disks, directories of others."""
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -26,6 +25,14 @@ KEY = artifact_key({"name": "first"})
 OTHER = artifact_key({"name": "other"})
 LIBRARY = bytes(range(256)) * 40
 DEADLINE = 30
+WORKER = Path(__file__).with_name("artifact_worker.py")
+
+
+def wait_for(path):
+    deadline = time.monotonic() + DEADLINE
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.005)
 
 
 class Builder:
@@ -192,7 +199,7 @@ def test_folders_within_an_artifact(store, root):
         (Builder(library="k.dll"), ArtifactError, "wrote no file 'k.dll', its library: it wrote kernel.ll, kernel.so"),
         (Builder(files={}), ArtifactError, "reserved name 'files'"),
         (Builder(made=object()), ArgumentError, r"metadata\['made'\] is"),
-        (lambda d: os.symlink("/etc/passwd", d / "x") or {}, ArtifactError, "left 'x', which is not a regular file"),
+        (lambda d: (d / "x").symlink_to("/etc/passwd") or {}, ArtifactError, "left 'x', which is not a regular file"),
         (lambda d: (d / "manifest.json").write_text("{}") and {}, ArtifactError, "left 'manifest.json'"),
     ],
 )
@@ -319,8 +326,9 @@ DAMAGE = {
     "bit flipped in the manifest": lambda entry: flip(
         entry / "manifest.json", (entry / "manifest.json").read_bytes().index(b'"main"') + 1
     ),
-    "manifest is a list": lambda entry: (entry / "manifest.json").unlink()
-    or (entry / "manifest.json").write_text("[]"),
+    "manifest is a list": lambda entry: (
+        (entry / "manifest.json").unlink() or (entry / "manifest.json").write_text("[]")
+    ),
     "manifest of another key": lambda entry: rewrite(entry, lambda manifest: manifest.update(key=OTHER)),
     "manifest of another schema": lambda entry: rewrite(entry, lambda manifest: manifest.update(schema=99)),
     "no files": lambda entry: rewrite(entry, lambda manifest: manifest.update(files={})),
@@ -393,39 +401,30 @@ def test_a_damaged_entry_on_a_read_only_disk_is_not_loaded(store, monkeypatch, c
 # ---- threads and processes -------------------------------------------------------------------------------------------
 
 
-def counting_build(directory):
-    """A build that takes its time and leaves a mark outside of the store."""
-    (directory.parents[1].parent / f"built.{os.getpid()}.{time.monotonic_ns()}").touch()
-    time.sleep(0.2)
-    return Builder()(directory)
+def start(role, root, **variables):
+    command = [sys.executable, "-W", "ignore", WORKER, role, Path(env.__file__).parent, root, KEY]
+    environment = {**os.environ, **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def race(root, start, results):
-    start.wait(DEADLINE)
-    artifact, built = ArtifactStore(root).get_or_build(KEY, counting_build)
-    results.put((built, artifact.library.read_bytes() == LIBRARY))
+def finish(process, code=0):
+    """Return what a worker reports, and what it wrote to standard error."""
+    output, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == code, errors
+    return json.loads(output), errors
 
 
-def spawn(target, *arguments):
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
-def start_race(root, count):
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(count), context.Queue()
-    processes = [spawn(race, root, start, results) for _ in range(count)]
-    outcomes = [results.get(timeout=DEADLINE) for _ in processes]
+def run_race(root, count):
+    beside = root.parent
+    processes = [start("race", root) for _ in range(count)]
     for process in processes:
-        process.join(DEADLINE)
-    assert [process.exitcode for process in processes] == [0] * count
-    return outcomes
+        wait_for(beside / f"ready.{process.pid}")
+    (beside / "go").touch()
+    return sorted(finish(process)[0] for process in processes)
 
 
 def test_processes_racing_for_a_cold_key_build_it_once(root, tmp_path):
-    outcomes = start_race(root, 8)
-    assert sorted(outcomes) == [(False, True)] * 7 + [(True, True)]
+    assert run_race(root, 8) == [[False, "library"]] * 7 + [[True, "library"]]
     assert len(list(tmp_path.glob("built.*"))) == 1
     assert list((root / "staging").iterdir()) == []
 
@@ -433,24 +432,28 @@ def test_processes_racing_for_a_cold_key_build_it_once(root, tmp_path):
 def test_processes_racing_for_a_damaged_entry_mend_it_once(root, store, tmp_path):
     artifact, _ = store.get_or_build(KEY, Builder())
     flip(artifact.library, 9)
-    outcomes = start_race(root, 4)
-    assert sorted(outcomes) == [(False, True)] * 3 + [(True, True)]
+    assert run_race(root, 4) == [[False, "library"]] * 3 + [[True, "library"]]
     assert len(list(tmp_path.glob("built.*"))) == len(list((root / "quarantine").iterdir())) == 1
 
 
-def test_threads_racing_for_a_cold_key_build_it_once(root, tmp_path):
-    outcomes = []
-
-    def run():
-        outcomes.append(ArtifactStore(root).get_or_build(KEY, counting_build)[1])
-
-    threads = [threading.Thread(target=run) for _ in range(8)]
+def run_threads(count, target):
+    threads = [threading.Thread(target=target, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(DEADLINE)
+
+
+def test_threads_racing_for_a_cold_key_build_it_once(root):
+    build, outcomes = Builder(), []
+
+    def slow(directory):
+        time.sleep(0.1)
+        return build(directory)
+
+    run_threads(8, lambda number: outcomes.append(ArtifactStore(root).get_or_build(KEY, slow)[1]))
     assert sorted(outcomes) == [False] * 7 + [True]
-    assert len(list(tmp_path.glob("built.*"))) == 1
+    assert build.calls == 1
 
 
 def test_different_keys_are_built_at_the_same_time(store):
@@ -460,39 +463,18 @@ def test_different_keys_are_built_at_the_same_time(store):
         barrier.wait()  # breaks unless both builds are at work
         return Builder()(directory)
 
-    threads = [threading.Thread(target=store.get_or_build, args=(key, build)) for key in (KEY, OTHER)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE)
+    run_threads(2, lambda number: store.get_or_build((KEY, OTHER)[number], build))
     assert len(store.entries()) == 2
-
-
-def hang(directory):
-    (directory / "kernel.so").write_bytes(LIBRARY[:77])
-    (directory.parents[1].parent / "started").touch()
-    time.sleep(DEADLINE)
-
-
-def start_hanging(root):
-    ArtifactStore(root).get_or_build(KEY, hang)
-
-
-def wait_for(path):
-    deadline = time.monotonic() + DEADLINE
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.01)
 
 
 @pytest.fixture
 def killed(root, tmp_path):
     """A store in which a process was killed in the middle of building KEY."""
-    process = spawn(start_hanging, root)
+    process = start("hang", root)
     wait_for(tmp_path / "started")
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(DEADLINE)
-    assert process.exitcode == -signal.SIGKILL
+    process.kill()
+    process.communicate(timeout=DEADLINE)
+    assert process.returncode == -signal.SIGKILL
     (staging,) = (root / "staging").iterdir()
     assert staging.name.startswith(KEY)
     return ArtifactStore(root)
@@ -531,50 +513,12 @@ def test_a_build_at_work_is_not_swept(store, root):
     assert store.load(KEY) is not None
 
 
-FORK = """
-import os, sys, threading, time
-from pathlib import Path
-from bitblas.artifacts import ArtifactStore
-
-root, key, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-store, started, forked = ArtifactStore(root), threading.Event(), threading.Event()
-
-def build(directory):
-    (directory / "kernel.so").write_bytes(b"parent")
-    started.set()
-    assert forked.wait(20)
-    if mode == "die":
-        os._exit(3)
-    time.sleep(0.1)
-    return {"library": "kernel.so"}
-
-def build_in_child(directory):
-    (directory / "kernel.so").write_bytes(b"child")
-    return {"library": "kernel.so"}
-
-thread = threading.Thread(target=store.get_or_build, args=(key, build))
-thread.start()
-assert started.wait(20)
-child = os.fork()
-if child == 0:
-    artifact, built = store.get_or_build(key, build_in_child)
-    (root.parent / "child").write_text(f"{built} {artifact.library.read_text()}")
-    os._exit(0)
-forked.set()
-thread.join(20)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
+def test_a_fork_while_another_thread_builds(root):
+    assert finish(start("fork_and_live", root))[0] == [False, "parent"]
 
 
-@pytest.mark.parametrize(("mode", "outcome"), [("live", "False parent"), ("die", "True child")])
-def test_a_fork_while_another_thread_builds(root, tmp_path, mode, outcome):
-    command = [sys.executable, "-W", "ignore", "-c", FORK, str(root), KEY, mode]
-    environment = {**os.environ, "PYTHONPATH": str(Path(env.__file__).parents[1])}
-    result = subprocess.run(command, env=environment, timeout=DEADLINE, capture_output=True, text=True, check=False)
-    assert result.returncode == (3 if mode == "die" else 0), result.stderr
-    wait_for(tmp_path / "child")
-    time.sleep(0.05)  # the file is there before its content
-    assert (tmp_path / "child").read_text() == outcome
+def test_a_fork_while_another_thread_builds_and_dies(root):
+    assert finish(start("fork_and_die", root), code=3)[0] == [True, "child"]
 
 
 def test_the_entry_of_a_faster_process_wins(store, root, monkeypatch):
@@ -584,7 +528,9 @@ def test_the_entry_of_a_faster_process_wins(store, root, monkeypatch):
     def build(directory):
         with monkeypatch.context() as patch:
             patch.setattr(ArtifactStore, "_lock", lambda self, key: contextmanager(lambda: iter([None]))())
-            patch.setattr(process_module.this_process, "building", lambda root, key: contextmanager(lambda: iter([None]))())
+            patch.setattr(
+                process_module.this_process, "building", lambda root, key: contextmanager(lambda: iter([None]))()
+            )
             patch.setattr(ArtifactStore, "_sweep", lambda self, key: None)
             store.get_or_build(KEY, theirs)
         return ours(directory)
@@ -696,11 +642,7 @@ def test_threads_build_once_in_memory_too(tmp_path):
         time.sleep(0.1)
         return build(directory)
 
-    threads = [threading.Thread(target=lambda: outcomes.append(store.get_or_build(KEY, slow)[1])) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE)
+    run_threads(4, lambda number: outcomes.append(store.get_or_build(KEY, slow)[1]))
     assert (sorted(outcomes), build.calls) == ([False, False, False, True], 1)
 
 
@@ -726,38 +668,19 @@ def test_what_a_cleaner_of_temporary_files_took_is_built_again(tmp_path):
     assert build.calls == 2
 
 
-IN_MEMORY = """
-import os, sys
-from bitblas.artifacts import ArtifactStore
-
-def build(directory):
-    (directory / "kernel.so").write_bytes(b"x")
-    return {"library": "kernel.so"}
-
-store = ArtifactStore(sys.argv[1])
-artifact, _ = store.get_or_build(sys.argv[2], build)
-if os.fork() == 0:  # runs the exit functions that it inherits
-    sys.exit(0)
-os.wait()
-assert artifact.library.is_file()
-sys.stdout.write(str(artifact.path))
-"""
-
-
 def test_artifacts_in_memory_end_with_their_process_and_not_with_a_child(tmp_path):
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-W", "ignore", "-c", IN_MEMORY, str(tmp_path / "file" / "store"), KEY]
-    environment = {**os.environ, "PYTHONPATH": str(Path(env.__file__).parents[1]), "TMPDIR": str(tmp_path)}
-    result = subprocess.run(command, env=environment, timeout=DEADLINE, capture_output=True, text=True, check=True)
-    assert Path(result.stdout).is_relative_to(tmp_path)
+    (there, path), errors = finish(start("keep_in_memory", tmp_path / "file" / "store", TMPDIR=str(tmp_path)))
+    assert there
+    assert Path(path).is_relative_to(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
-    assert result.stderr.count("cannot be kept") == 1
+    assert errors.count("cannot be kept") == 1
 
 
 def test_no_place_at_all(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(process_module, "takes_files", lambda directory: False)
-    with pytest.raises(ArtifactError, match="no place for temporary files: .*; set TMPDIR"):
+    with pytest.raises(ArtifactError, match=r"no place for temporary files: .*; set TMPDIR"):
         ArtifactStore(tmp_path / "file" / "store").get_or_build(KEY, Builder())
 
 
@@ -869,7 +792,9 @@ def test_a_directory_of_another_user_is_refused(store, root, monkeypatch):
     else:
         owner = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    with pytest.raises(ArtifactError, match=rf"belongs to user {owner} \(mode 0700\).*chown -R .* set BITBLAS_CACHE_DIR"):
+    with pytest.raises(
+        ArtifactError, match=rf"belongs to user {owner} \(mode 0700\).*chown -R .* set BITBLAS_CACHE_DIR"
+    ):
         store.load(KEY)
 
 

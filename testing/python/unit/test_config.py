@@ -49,7 +49,13 @@ def test_weights_are_as_the_activations_by_default(a_dtype):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("group_size", -1), ("with_bias", False), ("with_scaling", False), ("with_zeros", False), ("zeros_mode", "original")],
+    [
+        ("group_size", -1),
+        ("with_bias", False),
+        ("with_scaling", False),
+        ("with_zeros", False),
+        ("zeros_mode", "original"),
+    ],
 )
 def test_none_is_the_default(name, value):
     found = config(**{name: None})
@@ -89,7 +95,9 @@ def test_aliases_name_the_same_config(alias):
     assert config(W_dtype=alias) == config(W_dtype=ALIASES[alias])
 
 
-@pytest.mark.parametrize(("alias", "name"), [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("half", "float16")])
+@pytest.mark.parametrize(
+    ("alias", "name"), [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("half", "float16")]
+)
 def test_aliases_of_activations(alias, name):
     short = config(A_dtype=alias, out_dtype=alias, accum_dtype=alias)
     assert short == config(A_dtype=name, out_dtype=name, accum_dtype=name)

@@ -1,6 +1,7 @@
 """Exceptions, environment variables and logging: what they promise, and that nothing happens at import."""
 
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from bitblas import env, errors, logs, sources
 
+PACKAGE = str(Path(env.__file__).parent)
 CHILDREN = {
     errors.ConfigError: ValueError,
     errors.ArgumentError: ValueError,
@@ -33,11 +35,15 @@ def clean(monkeypatch):
 
 
 def run_python(code, **variables):
-    import os
-
-    environment = {**os.environ, **variables, "PYTHONPATH": str(Path(env.__file__).parents[1])}
+    """Run code in a fresh process which leaves the package's own `__init__`, and with it torch, out."""
+    bare = f"import sys, types; sys.modules['bitblas'] = p = types.ModuleType('bitblas'); p.__path__ = [{PACKAGE!r}]"
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", f"{bare}\n{code}"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
 
 
@@ -269,5 +275,10 @@ def test_the_digest_follows_names_and_contents_but_not_documentation(monkeypatch
 
     first = write("a.c", "int x;")
     assert write("README.md", "words") == first
-    changed = {first, write("a.c", "int y;"), write("b.c", ""), (tmp_path / "b.c").rename(tmp_path / "c.c") and digest()}
+    changed = {
+        first,
+        write("a.c", "int y;"),
+        write("b.c", ""),
+        (tmp_path / "b.c").rename(tmp_path / "c.c") and digest(),
+    }
     assert len(changed) == 4

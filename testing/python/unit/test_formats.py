@@ -5,9 +5,9 @@ import pickle
 import statistics
 
 import pytest
-import reference
 import torch
 
+import reference
 from bitblas.errors import ConfigError
 from bitblas.formats import ALIASES, FORMATS, PLANE_WIDTHS, DataFormat, parse_format
 
@@ -106,7 +106,9 @@ def test_parse_torch_dtype(name):
     assert parse_format(getattr(torch, name)).bits == reference.width(name.removesuffix("fn"))
 
 
-@pytest.mark.parametrize("name", ["int9", "uint0", "int32", "float64", "nf3", "", " int4", "INT4", None, 4, torch.int64, []])
+@pytest.mark.parametrize(
+    "name", ["int9", "uint0", "int32", "float64", "nf3", "", " int4", "INT4", None, 4, torch.int64, []]
+)
 def test_parse_unknown(name):
     with pytest.raises(ConfigError, match=r"^W_dtype is .*, which is no format; allowed: uint1, uint2") as caught:
         parse_format(name)

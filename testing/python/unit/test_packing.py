@@ -1,9 +1,9 @@
 """Packing: exact, and bit by bit where the layout says."""
 
 import pytest
-import reference
 import torch
 
+import reference
 from bitblas import packing
 from bitblas.errors import ArgumentError
 from bitblas.formats import FORMATS

@@ -1,0 +1,1 @@
+"""Benchmarks of bitblas beside other libraries; `bitblas.bench` does the measuring."""

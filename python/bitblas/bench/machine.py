@@ -1,0 +1,157 @@
+"""What this machine can do at best: bytes read and multiply-accumulates done per second, by C loops built on the spot."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..build import find_compiler
+from ..errors import BitBLASError, BuildError
+from ..sources import source_dir
+from ..target import host_features, host_target
+
+#: Bytes that are read to measure the bandwidth, at most.
+READ_BYTES = 512 << 20
+_STEPS = 400_000  # of the register loops: some ten milliseconds
+_PASSES = 5
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, and the best that was seen of it.
+
+    Attributes
+    ----------
+    cpu, isa : str
+        The processor and its instruction sets.
+    threads : int
+        With which it was measured.
+    cache_bytes : int
+        Size of the last-level cache, 0 where it is not known.
+    bandwidth : float or None
+        Bytes read per second.
+    fma, int8, bf16 : float or None
+        Multiply-accumulates per second: of float32, of int8 in int32 (VNNI), of bfloat16 in float32. None where the CPU has
+        no such instruction, or nothing could be measured.
+    notes : tuple of str
+        What stood in the way.
+    """
+
+    cpu: str
+    isa: str
+    threads: int
+    cache_bytes: int
+    bandwidth: float | None = None
+    fma: float | None = None
+    int8: float | None = None
+    bf16: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def fields(self) -> dict[str, object]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache that the first CPU sees; 0 where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [0]
+    for path in _CACHE.glob("index*/size"):
+        try:
+            text = path.read_text().strip()
+            sizes.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
+        except (OSError, ValueError):
+            continue
+    return max(sizes)
+
+
+def measure_machine(threads: int | None = None) -> Machine:
+    """Measure bandwidth and peaks, about a second's work.
+
+    Parameters
+    ----------
+    threads : int, optional
+        Default: torch's number.
+
+    Returns
+    -------
+    Machine
+        With a note instead of numbers where there is no working C compiler.
+    """
+    threads = threads or torch.get_num_threads()
+    try:
+        isa = host_target().isa
+    except BitBLASError:
+        isa = ", ".join(sorted(host_features())) or platform.machine()
+    machine = Machine(cpu_name(), isa, threads, cache_bytes())
+    try:
+        return _measure(machine)
+    except (BitBLASError, OSError) as error:
+        return Machine(**{**asdict(machine), "notes": (f"bandwidth and peaks were not measured: {error}",)})
+
+
+def _measure(machine: Machine) -> Machine:
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("there is no C compiler (cc, gcc or clang); install one, such as Debian's gcc")
+    with tempfile.TemporaryDirectory(prefix="bitblas-peak-") as directory:
+        library = _compile(compiler, Path(directory) / "peak.so")
+    peaks = {name: _peak(library, name, machine.threads) for name in ("fma", "int8", "bf16")}
+    size = min(READ_BYTES, max(64 << 20, 2 * machine.cache_bytes))
+    notes = ()
+    if size < 2 * machine.cache_bytes:
+        notes = (
+            f"bandwidth was read from {size >> 20} MB, not from twice the last-level cache of "
+            f"{machine.cache_bytes >> 20} MB: a part may have come from there",
+        )
+    bandwidth = _bandwidth(library, size, machine.threads)
+    return Machine(**{**asdict(machine), **peaks, "bandwidth": bandwidth, "notes": notes})
+
+
+def _compile(compiler: str, output: Path) -> ctypes.CDLL:
+    source = source_dir() / "cpu" / "peak.c"
+    command = [compiler, "-shared", "-fPIC", "-O3", "-fopenmp", "-o", str(output), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError("the C compiler could not build peak.c", " ".join(command), done.stdout + done.stderr)
+    return ctypes.CDLL(str(output))
+
+
+def _peak(library: ctypes.CDLL, name: str, threads: int) -> float | None:
+    loop: Callable[[int, int], float] = library[f"bitblas_peak_{name}"]
+    loop.argtypes, loop.restype = [ctypes.c_int64, ctypes.c_int], ctypes.c_double  # type: ignore[attr-defined]
+    if loop(1000, threads) < 0:
+        return None
+    return max(loop(_STEPS, threads) for _ in range(_PASSES))
+
+
+def _bandwidth(library: ctypes.CDLL, size: int, threads: int) -> float:
+    read = library["bitblas_read_bandwidth"]
+    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    read.restype = ctypes.c_double
+    buffer, checksum = torch.empty(size // 8, dtype=torch.int64), ctypes.c_uint64()
+    rates = [
+        read(buffer.data_ptr(), buffer.numel(), threads, int(index == 0), ctypes.addressof(checksum))
+        for index in range(_PASSES)
+    ]
+    return max(rates[1:])

@@ -1,0 +1,247 @@
+"""The door of a matmul: what a call hands over is checked here once, and made ready for a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ..config import SCALE_DTYPES, MatmulConfig
+from ..errors import ArgumentError
+
+_FLAGS = {"scale": "with_scaling", "zeros": "with_zeros", "bias": "with_bias"}
+_REASONS = {
+    "W": "every call needs it",
+    **{name: f"this operator was built with {flag}=True" for name, flag in _FLAGS.items()},
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a tensor of a call must be.
+
+    Attributes
+    ----------
+    name : str
+        The argument to blame.
+    shape : tuple of int
+        Its shape.
+    allowed : tuple of torch.dtype
+        The dtypes in which it may come.
+    dtype : torch.dtype
+        The dtype in which the kernel takes it: equal, another view of the same bytes, or a lossless conversion.
+    flat : bool
+        Whether the kernel takes it as one dimension.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    allowed: tuple[torch.dtype, ...]
+    dtype: torch.dtype
+    flat: bool = False
+
+    def admit(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Return `tensor` as the kernel takes it, or raise ArgumentError. The usual case is decided in one expression."""
+        if not (
+            isinstance(tensor, torch.Tensor)
+            and tensor.dtype is self.dtype
+            and tensor.shape == self.shape
+            and tensor.is_cpu
+            and not tensor.requires_grad
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+        ):
+            tensor = self._admit_slowly(tensor)
+        return tensor.view(-1) if self.flat else tensor
+
+    def _admit_slowly(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        if tensor is None:
+            raise ArgumentError(f"{self.name} is missing; {_REASONS[self.name]}")
+        check_tensor(self.name, tensor)
+        if tensor.dtype not in self.allowed:
+            names = ", ".join(dict.fromkeys(str(dtype) for dtype in self.allowed))
+            raise ArgumentError(f"{self.name} has dtype {tensor.dtype}; allowed: {names}")
+        if self.shape[-1] == 1 and len(self.shape) == 2 and tensor.shape == self.shape[:1]:
+            tensor = tensor.unsqueeze(1)
+        if tensor.shape != self.shape:
+            raise ArgumentError(f"{self.name} has shape {tuple(tensor.shape)}; expected {self.shape}")
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype is self.dtype:
+            return tensor
+        if self.dtype is torch.int8:  # bytes
+            return tensor.view(torch.int8)
+        return tensor.to(self.dtype)
+
+
+class Door:
+    """Checks and binds the arguments of one operator.
+
+    Parameters
+    ----------
+    config : MatmulConfig
+        What the operator was built for.
+    weight_shape : tuple of int
+        Shape of the weights in its layout.
+    """
+
+    def __init__(self, config: MatmulConfig, weight_shape: tuple[int, ...]) -> None:
+        self._k, self._n = config.K, config.N
+        self._static_m = config.M if isinstance(config.M, int) else None
+        self._a_dtype: torch.dtype = getattr(torch, config.A_dtype)
+        self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
+        self._weight = _weight_operand(config, weight_shape)
+        self._wanted = _wanted_operands(config, self._a_dtype, self._out_dtype)
+
+    def enter(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None] | None,
+        output: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Check a call.
+
+        Returns
+        -------
+        (torch.Tensor, list of torch.Tensor, torch.Tensor)
+            A as a contiguous (m, K), the operands after it in the kernel's order, and the output in its final shape.
+
+        Raises
+        ------
+        ArgumentError
+            Naming the argument, its value, and what is allowed.
+        """
+        a, shape = self._activation(A)
+        wanted = self._wanted
+        if named or len(extras) != len(wanted):
+            extras, output = self._bind(extras, named or {}, output)
+        operands = [self._weight.admit(W)]
+        for operand, tensor in zip(wanted, extras, strict=True):
+            operands.append(operand.admit(tensor))
+        if output is None:
+            return a, operands, torch.empty(shape, dtype=self._out_dtype)
+        return a, operands, self._output(output, shape, (a, *operands))
+
+    def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """A as a contiguous (m, K), and the output's shape."""
+        if (
+            isinstance(A, torch.Tensor)
+            and A.dtype is self._a_dtype
+            and A.is_cpu
+            and not A.requires_grad
+            and A.layout is torch.strided
+            and A.dim() == 2
+            and A.is_contiguous()
+        ):
+            m, k = A.shape
+            if k == self._k and (self._static_m is None or self._static_m == m):
+                return A, (m, self._n)
+        return self._activation_slowly(A)
+
+    def _activation_slowly(self, A: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        check_tensor("A", A)
+        if A.dtype is not self._a_dtype:
+            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
+        shape = A.shape
+        if not shape or shape[-1] != self._k:
+            raise ArgumentError(f"A has shape {tuple(shape)}; its last dimension must be K = {self._k}")
+        rows = shape[0] if len(shape) == 2 else prod(shape[:-1])
+        if self._static_m is not None and rows != self._static_m and rows:
+            raise ArgumentError(
+                f"A has shape {tuple(shape)}, {rows} rows; this operator was built for M = {self._static_m}"
+            )
+        if A.requires_grad:
+            A = A.detach()
+        if len(shape) != 2:
+            A = A.reshape(rows, self._k)
+        return A.contiguous(), (*shape[:-1], self._n)
+
+    def _bind(
+        self,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None],
+        output: torch.Tensor | None,
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        """Assign tensors given by position to the wanted names, in order, and one more to the output."""
+        names = [operand.name for operand in self._wanted]
+        for name, tensor in named.items():
+            if tensor is not None and name not in names:
+                raise ArgumentError(f"{name} was given, but this operator was built with {_FLAGS[name]}=False")
+        present = [extra for extra in extras if extra is not None]
+        places = [name for name in names if named.get(name) is None]
+        found = {**named, **dict(zip(places, present, strict=False))}
+        rest = present[len(places) :]
+        if rest:
+            self._check_rest(rest, names, output)
+            output = rest[0]
+        return [found.get(name) for name in names], output
+
+    def _check_rest(self, rest: list[torch.Tensor], names: list[str], output: torch.Tensor | None) -> None:
+        """Refuse what was given by position beyond the wanted tensors, unless it is the output."""
+        wanted = ", ".join(names) or "no scale, zeros or bias"
+        extra = rest[0]
+        if len(rest) > 1 or output is not None or not isinstance(extra, torch.Tensor):
+            raise ArgumentError(f"{len(rest)} superfluous extra arguments; this operator takes {wanted}, then output")
+        if extra.shape[-1:] != (self._n,) or extra.dtype is not self._out_dtype:
+            raise ArgumentError(
+                f"an extra tensor of shape {tuple(extra.shape)} and dtype {extra.dtype} is superfluous: "
+                f"this operator takes {wanted}, then output"
+            )
+
+    def _output(self, output: torch.Tensor, shape: tuple[int, ...], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        check_tensor("output", output)
+        if output.dtype is not self._out_dtype:
+            raise ArgumentError(f"output has dtype {output.dtype}; this operator gives {self._out_dtype}")
+        if output.shape != shape:
+            raise ArgumentError(f"output has shape {tuple(output.shape)}; expected {shape}")
+        if not output.is_contiguous():
+            raise ArgumentError(f"output has strides {output.stride()}; it must be contiguous")
+        if output.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError("output requires a gradient; give a tensor that does not, or none")
+        if any(_overlap(output, tensor) for tensor in inputs):
+            raise ArgumentError("output shares memory with an input; give a tensor of its own, or none")
+        return output
+
+
+def _weight_operand(config: MatmulConfig, shape: tuple[int, ...]) -> Operand:
+    fmt = config.format
+    allowed: dict[torch.dtype, None] = {} if fmt.is_native else {torch.int8: None, torch.uint8: None}
+    if fmt.torch_name:
+        allowed[getattr(torch, fmt.torch_name)] = None
+    return Operand("W", shape, tuple(allowed), torch.int8, flat=True)
+
+
+def _wanted_operands(config: MatmulConfig, a_dtype: torch.dtype, out_dtype: torch.dtype) -> list[Operand]:
+    dtype = getattr(torch, config.scale_dtype)
+    allowed = (a_dtype,) if config.A_dtype != "int8" else tuple(getattr(torch, name) for name in SCALE_DTYPES)
+    shape = (config.N, config.num_groups)
+    wanted = []
+    if config.with_scaling:
+        wanted.append(Operand("scale", shape, allowed, dtype))
+    if config.zeros_packed:
+        packed = (config.num_groups, (config.N * config.format.bits + 7) // 8)
+        wanted.append(Operand("zeros", packed, (torch.int8, torch.uint8), torch.int8, flat=True))
+    elif config.with_zeros:
+        wanted.append(Operand("zeros", shape, allowed, dtype))
+    if config.with_bias:
+        wanted.append(Operand("bias", (config.N,), (a_dtype, out_dtype), getattr(torch, config.bias_dtype)))
+    return wanted
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise ArgumentError unless `tensor` is a dense torch tensor on the CPU."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if not tensor.is_cpu:
+        raise ArgumentError(f"{name} is on device {tensor.device}; this operator runs on cpu")
+    if tensor.layout is not torch.strided:
+        raise ArgumentError(f"{name} has layout {tensor.layout}; it must be a dense tensor")
+
+
+def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether the bytes of two contiguous tensors meet."""
+    a, b = first.data_ptr(), second.data_ptr()
+    return a < b + second.nbytes and b < a + first.nbytes
