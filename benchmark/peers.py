@@ -120,7 +120,9 @@ def _nbits_model(workload: Workload, accuracy_level: int, copies: int) -> bytes:
     nodes, initializers, outputs = [], [], []
     for index in range(copies):
         names = [f"{kind}{index}" for kind in ("B", "S", "Z")]
-        initializers += [numpy_helper.from_array(array, n) for array, n in zip((packed, scales, points), names)]
+        initializers += [
+            numpy_helper.from_array(array, n) for array, n in zip((packed, scales, points), names, strict=True)
+        ]
         nodes.append(
             helper.make_node("MatMulNBits", ["A", *names], [f"Y{index}"], domain="com.microsoft", **attributes)
         )

@@ -150,7 +150,7 @@ def plot(results: Sequence[tuple[str, Comparison]], directory: Path) -> list[Pat
     figure, axes = pyplot.subplots(lines, columns, figsize=(5.5 * columns, 3.2 * lines), squeeze=False)
     names = list(dict.fromkeys(timing.name for _, row in results for timing in row.timings))
     colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
-    for axis, (title, rows) in zip(axes.flat, panels.items()):
+    for axis, (title, rows) in zip(axes.flat, panels.items(), strict=False):
         _panel(axis, title, rows, colors)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_axis_off()

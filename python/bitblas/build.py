@@ -117,10 +117,10 @@ def compile_plan(plan: MatmulPlan) -> tuple[tvm.runtime.Executable, str]:
         ) from error
     from .lowering import PIPELINE
 
-    mod = scheduled_module(plan)
     try:
+        mod = scheduled_module(plan)
         return tvm.compile(mod, target=plan.target.as_tvm(), tir_pipeline=PIPELINE), mod.script()
-    except (tvm.TVMError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {plan.config} for {plan.target}", output=str(error)) from error
 
 

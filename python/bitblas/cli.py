@@ -354,7 +354,7 @@ def _print_bench(config: MatmulConfig, origin: str, machine: Machine, rows: Sequ
     table = [header, *(_bench_row(row, machine) for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     for line in table:
-        print("  ".join(f"{text:>{width}}" for text, width in zip(line, widths)))
+        print("  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)))
     for peer in rows[0].skipped:
         print(f"skipped: {peer.name}: {peer.reason}")
 

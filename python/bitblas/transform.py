@@ -47,8 +47,8 @@ class ApplyDefaultSchedule:
 
     Raises
     ------
-    UnsupportedError
-        Every rule declined a function.
+    RuntimeError
+        Every rule declined a function; the text is that of the `UnsupportedError`, which TVM does not carry through a pass.
     """
 
     def __init__(self, rules: tuple[ScheduleRule, ...], target: Target | None = None) -> None:

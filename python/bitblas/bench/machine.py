@@ -118,7 +118,7 @@ def _measure(machine: Machine) -> Machine:
         library = _compile(compiler, Path(directory) / "peak.so")
     peaks = {name: _peak(library, name, machine.threads) for name in ("fma", "int8", "bf16")}
     size = min(READ_BYTES, max(64 << 20, 2 * machine.cache_bytes))
-    notes = ()
+    notes: tuple[str, ...] = ()
     if size < 2 * machine.cache_bytes:
         notes = (
             f"bandwidth was read from {size >> 20} MB, not from twice the last-level cache of "

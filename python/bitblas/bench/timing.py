@@ -137,12 +137,12 @@ def side_by_side(
     for run in runs:
         run.call()
         first.append(run.candidate.check(run.result))
-    live = [run for run, verdict in zip(runs, first) if verdict.right]
+    live = [run for run, verdict in zip(runs, first, strict=True) if verdict.right]
     deadline = clock() + seconds * len(live)
     while live and (clock() < deadline or any(len(run.seconds) < MIN_CALLS for run in live)):
         for run in live:
             run.turn(clock)
-    return [_timing(run, verdict) for run, verdict in zip(runs, first)]
+    return [_timing(run, verdict) for run, verdict in zip(runs, first, strict=True)]
 
 
 def _timing(run: _Run, first: Verdict) -> Timing:

@@ -127,7 +127,7 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     cfg, layout, fmt = expr.config, expr.layout, expr.config.format
     if layout.name == "packed":
         unpacked = te.compute(
-            (cfg.K, expr.padded_n), lambda k, n: _row_code(layout, W, te.min(n, cfg.N - 1), k), name="unpack"
+            (cfg.K, expr.padded_n), lambda k, n: _row_code(layout, W, _column(expr, n), k), name="unpack"
         )
     else:
         words = [_words(expr, W, index) for index in range(len(layout.planes))]
@@ -197,12 +197,17 @@ def stream_code(stream: te.Tensor, first: Expr, index: Expr, bits: int, size: in
     return tirx.shift_right(join_bytes(parts), shift)
 
 
+def _column(expr: MatmulExpr, n: Expr) -> Expr:
+    """Column n, or the last one for those that pad the last tile."""
+    return n if expr.padded_n == expr.config.N else te.min(n, expr.config.N - 1)
+
+
 def _scale(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
     cfg = expr.config
     S = te.placeholder((cfg.N, cfg.num_groups), cfg.scale_dtype, name="S")
     arguments.append(S)
     return te.compute(
-        (cfg.num_groups, expr.padded_n), lambda g, n: S[te.min(n, cfg.N - 1), g].astype("float32"), name="scale"
+        (cfg.num_groups, expr.padded_n), lambda g, n: S[_column(expr, n), g].astype("float32"), name="scale"
     )
 
 
@@ -212,13 +217,13 @@ def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
     if not cfg.zeros_packed:
         Z = te.placeholder((cfg.N, cfg.num_groups), cfg.scale_dtype, name="Z")
         arguments.append(Z)
-        return te.compute(shape, lambda g, n: Z[te.min(n, cfg.N - 1), g].astype("float32"), name="zero")
+        return te.compute(shape, lambda g, n: Z[_column(expr, n), g].astype("float32"), name="zero")
     row_bytes = (cfg.N * bits + 7) // 8
     Z = te.placeholder((cfg.num_groups * row_bytes,), "int8", name="Z")
     arguments.append(Z)
 
     def zero(g: Expr, n: Expr) -> Expr:
-        code = stream_code(Z, g * row_bytes, te.min(n, cfg.N - 1), bits, cfg.num_groups * row_bytes)
+        code = stream_code(Z, g * row_bytes, _column(expr, n), bits, cfg.num_groups * row_bytes)
         return tirx.bitwise_and(code, tirx.const((1 << bits) - 1, "int32")).astype("float32")
 
     return te.compute(shape, zero, name="zero")
@@ -256,7 +261,7 @@ def _accumulate(
 
     def term(i: Expr, n: Expr) -> Expr:
         value, g = partial[i, n, c], c // chunks_per_group if groups > 1 else 0
-        shift = row_sum[i, c] * zero[g, n] if zero is not None else None
+        shift = row_sum[i, c] * zero[g, n] if zero is not None and row_sum is not None else None
         if cfg.integer_accumulation:
             value = value.astype("int32")
             return value if shift is None else value - shift.astype("int32")

@@ -19,11 +19,15 @@ SERIAL_WORK = 1 << 16
 SMALL_M = 4
 
 
+#: How far ahead weights are asked for where each is used once, the best first: at 1024 a 4-bit kernel of 4096 x 4096 took
+#: 392 us where without it took 426.
+PREFETCH_BYTES = (1024, 0, 2048)
+
 #: k that are decoded into a panel at a time: 128 · 64 columns of float32 fit an L1 cache of 48 KB beside the activations.
 PANEL_K = 128
 
-#: Rows of one launch: their activations, 256 · 4096 of float32, stay in caches beyond the first.
-SLAB_M = 256
+#: Rows of one launch, which bounds the float32 copy of their activations to 512 · K.
+SLAB_M = 512
 
 
 class _Avx512Rule(ScheduleRule):
@@ -55,7 +59,8 @@ class Avx512SmallM(_Avx512Rule):
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
         widths = {1: (8, 4, 2), 2: (6, 4, 2), 3: (4, 2, 6), 4: (4, 2, 1)}[problem.m]
-        return _tilings(problem, [(problem.m, width) for width in widths])
+        tilings = _tilings(problem, [(problem.m, width) for width in widths])
+        return [replace(tiling, prefetch=ahead) for ahead in PREFETCH_BYTES for tiling in tilings]
 
 
 class Avx512Gemm(_Avx512Rule):
@@ -67,11 +72,21 @@ class Avx512Gemm(_Avx512Rule):
         """See `ScheduleRule`."""
         if problem.m <= SMALL_M:
             return _tilings(problem, [(problem.m, 2), (problem.m, 4), (problem.m, 1)])
-        shapes = [(8, 2), (12, 2), (6, 4), (4, 4), (4, 6)]
+        shapes = [(8, 3), (6, 4), (12, 2), (4, 6), (8, 2), (5, 5), (4, 4)]
+        if problem.m < 8:
+            shapes.insert(0, (problem.m, 24 // problem.m))
+        shapes.sort(key=lambda shape: _padded_work(problem, *shape))
         return [
-            replace(tiling, chunk_k=PANEL_K, panel=True, slab_m=SLAB_M // tiling.block_m * tiling.block_m)
+            replace(tiling, block_k=4, chunk_k=PANEL_K, panel=True, slab_m=SLAB_M // tiling.block_m * tiling.block_m)
             for tiling in _tilings(problem, shapes)
         ]
+
+
+def _padded_work(problem: Problem, rows: int, blocks: int) -> float:
+    """What is computed for whole tiles, in twentieths of what is asked: less than that makes no difference."""
+    padded_m = -(-problem.m // rows) * rows / problem.m
+    padded_n = -(-problem.lane_blocks // blocks) * blocks / problem.lane_blocks
+    return int(padded_m * padded_n * 20)
 
 
 def _tilings(problem: Problem, shapes: list[tuple[int, int]]) -> list[Tiling]:

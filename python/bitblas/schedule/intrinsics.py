@@ -8,6 +8,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as B
 
 from ..expr.decode import decode
 from ..expr.matmul import join_bytes
@@ -18,8 +20,11 @@ _UNSIGNED = {1: "uint8x16", 2: "uint16x16", 4: "int32x16"}
 
 
 @cache
-def load_words(word_bytes: int) -> str:
-    """Sixteen little-endian words of 1, 2 or 4 bytes, side by side in memory, as int32. Any target."""
+def load_words(word_bytes: int, prefetch: int = 0) -> str:
+    """Sixteen little-endian words of 1, 2 or 4 bytes, side by side in memory, as int32. Any target.
+
+    With `prefetch`, the line that many bytes further on is asked for; beyond the end of a tensor that does nothing.
+    """
     size, vector = LANES * word_bytes, _UNSIGNED[word_bytes]
 
     @T.prim_func(s_tir=True)
@@ -43,6 +48,20 @@ def load_words(word_bytes: int) -> str:
                 f"int32x{LANES}", T.reinterpret(vector, W.vload([0], dtype=f"int8x{size}"))
             )
 
+    @T.prim_func(s_tir=True)
+    def prefetching(
+        W: T.Buffer((size,), "int8", offset_factor=1), U: T.Buffer((LANES,), "int32", offset_factor=1)
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(W[0:size])
+            T.writes(U[0:LANES])
+            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(W[prefetch]), 0, 3, 1))
+            U[T.ramp(T.int32(0), 1, LANES)] = T.Cast(
+                f"int32x{LANES}", T.reinterpret(vector, W.vload([0], dtype=f"int8x{size}"))
+            )
+
+    if prefetch:
+        return _register(f"bitblas.load_words_{word_bytes}_prefetch_{prefetch}", meaning, prefetching)
     return _register(f"bitblas.load_words_{word_bytes}", meaning, implementation)
 
 
@@ -83,6 +102,62 @@ def avx512_table(format_name: str) -> str:
             )
 
     return _register(f"bitblas.avx512_table_{format_name}", meaning, implementation)
+
+
+@cache
+def transpose_lanes(dtype: str, width: int) -> str:
+    """Sixteen rows of `width` (2, 4, 8 or 16) scales side by side in memory -> `width` vectors of sixteen lanes, as float32.
+
+    Rows i, i + width, i + 2 width, ... fill the segments of register i; then segments are transposed as squares, in steps that
+    exchange between two registers the halves, the quarters, and so on. Any target.
+    """
+
+    @T.prim_func(s_tir=True)
+    def meaning(s: T.handle, d: T.handle) -> None:
+        s_stride, d_stride = T.int32(), T.int32()
+        S = T.match_buffer(s, (LANES, width), dtype, strides=[s_stride, 1], offset_factor=1)
+        D = T.match_buffer(d, (width, LANES), "float32", strides=[d_stride, 1], offset_factor=1)
+        with T.sblock("root"):
+            T.reads(S[0:LANES, 0:width])
+            T.writes(D[0:width, 0:LANES])
+            for j, i in T.grid(width, LANES):
+                with T.sblock("scale"):
+                    g, lane = T.axis.remap("SS", [j, i])
+                    D[g, lane] = S[lane, g].astype("float32")
+
+    def transposed(S: tirx.Buffer, row: int) -> Expr:
+        """Register `row` of the result, as an expression; what the rows share is found again by the compiler."""
+
+        def register(i: int, distance: int) -> Expr:
+            if distance == width:
+                loaded = [S.vload([first, 0], dtype=f"{dtype}x{width}") for first in range(i, LANES, width)]
+                joined = (
+                    tirx.Shuffle(loaded, [tirx.const(x, "int32") for x in range(LANES)])
+                    if len(loaded) > 1
+                    else loaded[0]
+                )
+                return joined.astype(f"float32x{LANES}")
+            low, high = register(i & ~distance, distance * 2), register(i | distance, distance * 2)
+            move = distance if i & distance else 0
+            lanes = [x + move if not x & distance else x + move - distance + LANES for x in range(LANES)]
+            return tirx.Shuffle([low, high], [tirx.const(x, "int32") for x in lanes])
+
+        return register(row, 1)
+
+    with IRBuilder() as builder, B.prim_func(s_tir=True):  # built, not parsed: each row is stored by another expression
+        B.func_name("implementation")
+        s, d = B.arg("s", B.handle()), B.arg("d", B.handle())
+        s_stride, d_stride = B.int32(), B.int32()
+        S = B.match_buffer(s, (LANES, width), dtype, strides=[s_stride, 1], offset_factor=1)
+        D = B.match_buffer(d, (width, LANES), "float32", strides=[d_stride, 1], offset_factor=1)
+        with B.sblock("root"):
+            B.reads(S[0:LANES, 0:width])
+            B.writes(D[0:width, 0:LANES])
+            for row in range(width):
+                B.buffer_store(D, transposed(S, row), [row, B.ramp(0, 1, LANES)])
+    implementation = builder.get()
+
+    return _register(f"bitblas.transpose_lanes_{dtype}_{width}", meaning, implementation)
 
 
 def _register(name: str, meaning: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:

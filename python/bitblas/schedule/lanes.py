@@ -9,8 +9,8 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ..config import MatmulConfig
-from ..layout import LANES
-from .intrinsics import load_words
+from ..layout import LANES, UNIT
+from .intrinsics import load_words, transpose_lanes
 from .rule import Problem, Tiling
 
 
@@ -24,9 +24,10 @@ def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, decode
         activation, row_sum                                  (once, parallel over rows when there are many)
         parallel tile of columns:
             for tile of rows:
-                for chunk of k:
-                    for ko: words; for ki unrolled: unpack, decode, matmul      (all in registers)
-                    scale, zero, accumulate
+                for several chunks of k: scale, zero                         (transposed together)
+                    for chunk of k:
+                        for ko: words; for ki unrolled: unpack, decode, matmul  (all in registers)
+                        accumulate
                 epilogue
 
     and where they are decoded into a panel::
@@ -44,12 +45,16 @@ def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, decode
     nest = _Nest(sch, problem, tiling, decode_intrinsic)
     nest.activations()
     outer, tile = nest.tiles()
-    chunk, tile = nest.accumulate(outer if tiling.panel else tile)
-    nest.scales(chunk)
+    groups, chunk, tile = nest.accumulate(outer if tiling.panel else tile)
+    nest.scales(groups)
     inner, words = nest.matmul(chunk if tile is None else tile)
     nest.weights(chunk if tiling.panel else inner, words)
     nest.finish()
     return sch
+
+
+#: Floats of a cache line.
+LINE_FLOATS = 16
 
 
 class _Nest:
@@ -62,7 +67,16 @@ class _Nest:
         self.lane_blocks = tiling.block_n // LANES
         self.chunk = tiling.chunk(self.config)
         self.unrolled_k = math.gcd(tiling.block_k, self.chunk)
+        self.groups_at_once = self._groups_at_once()
         self.reductions: list[tuple[SBlockRV, LoopRV]] = []  # to be split into init and update at the very end
+
+    def _groups_at_once(self) -> int:
+        """How many groups' scales are transposed together; 1 where that is not worth it, or tails stand against it."""
+        config = self.config
+        whole_tiles = config.N % self.tiling.block_n == 0
+        if self.tiling.panel or self.chunk != config.group or not whole_tiles or not config.is_grouped:
+            return 1
+        return math.gcd(config.num_groups, LANES)
 
     def split_lanes(self, loop: LoopRV) -> tuple[LoopRV, LoopRV]:
         """A loop over a tile's columns -> unrolled blocks of sixteen, vectorized lanes."""
@@ -73,10 +87,12 @@ class _Nest:
     def activations(self) -> None:
         sch, many = self.sch, self.problem.m > self.tiling.block_m and self.tiling.parallel
         block = sch.get_sblock("activation")
-        if self.config.A_dtype == "float32":
+        if self.config.A_dtype == "float32" and not self.tiling.panel:
             sch.compute_inline(block)
         else:
             row, k = sch.get_loops(block)
+            # an odd number of cache lines a row: rows that are a power of two apart would share the sets of a cache
+            sch.storage_align(block, 0, axis=0, factor=2 * LINE_FLOATS, offset=LINE_FLOATS)
             width = math.gcd(self.config.K, LANES)
             if width > 1:
                 sch.vectorize(sch.split(k, [None, width])[1])
@@ -111,8 +127,12 @@ class _Nest:
         sch.vectorize(lane)
         return outer, tile
 
-    def accumulate(self, place: LoopRV) -> tuple[LoopRV, LoopRV | None]:
-        """Place the sums of a tile; returns the loop over chunks of k, and with a panel the one over tiles of rows in it."""
+    def accumulate(self, place: LoopRV) -> tuple[LoopRV, LoopRV, LoopRV | None]:
+        """Place the sums of a tile.
+
+        Returns the loop over chunks of k whose scales are transposed together, the one over chunks in it, and with a panel
+        the one over tiles of rows in that.
+        """
         sch = self.sch
         block = sch.get_sblock("accumulate")
         sch.compute_at(block, place, preserve_unit_loops=True)
@@ -121,22 +141,31 @@ class _Nest:
         if self.tiling.panel:
             tile, row = sch.split(row, [None, self.tiling.block_m])
         blocks, lanes = self.split_lanes(n)
-        sch.reorder(chunk, *([tile] if tile else []), row, blocks, lanes)
+        groups, chunk = sch.split(chunk, [None, self.groups_at_once])
+        sch.reorder(groups, chunk, *([tile] if tile else []), row, blocks, lanes)
         sch.unroll(row)
         sch.vectorize(lanes)
-        self.reductions.append((block, chunk))
-        return chunk, tile
+        self.reductions.append((block, groups))
+        return groups, chunk, tile
 
-    def scales(self, chunk_loop: LoopRV) -> None:
-        for name, wanted in (("scale", self.config.with_scaling), ("zero", self.config.with_zeros)):
+    def scales(self, place: LoopRV) -> None:
+        """Scales and zero points lie row by row: a square of them is transposed into lanes at a time."""
+        sch, config = self.sch, self.config
+        for name, wanted in (("scale", config.with_scaling), ("zero", config.with_zeros)):
             if not wanted:
                 continue
-            block = self.sch.get_sblock(name)
-            place = chunk_loop
-            if name == "scale" and self.config.integer_accumulation:
-                place = self.sch.get_loops(self.sch.get_sblock("epilogue"))[-4]
-            self.sch.compute_at(block, place, preserve_unit_loops=True)
-            self.sch.vectorize(self.split_lanes(self.sch.get_loops(block)[-1])[1])
+            block = sch.get_sblock(name)
+            late = name == "scale" and config.integer_accumulation
+            sch.compute_at(
+                block, sch.get_loops(sch.get_sblock("epilogue"))[-4] if late else place, preserve_unit_loops=True
+            )
+            group, n = sch.get_loops(block)[-2:]
+            blocks, lanes = self.split_lanes(n)
+            if self.groups_at_once == 1 or (name == "zero" and config.zeros_packed):
+                sch.vectorize(lanes)
+            else:
+                sch.reorder(blocks, group, lanes)
+                sch.tensorize(group, transpose_lanes(config.scale_dtype, self.groups_at_once))
 
     def matmul(self, place: LoopRV) -> tuple[LoopRV, LoopRV]:
         """Place the products; returns the loop over unrolled k and the one around it."""
@@ -161,7 +190,7 @@ class _Nest:
         k, n = sch.get_loops(decode)[-2:]
         lanes = self.split_lanes(n)[1]
         if self.tiling.panel:
-            words_place, place = sch.split(k, [None, self.unrolled_k])
+            words_place, place = sch.split(k, [None, math.gcd(UNIT, self.chunk)])
             sch.unroll(place)
         sch.compute_at(unpack, place, preserve_unit_loops=True)
         if self.decode_intrinsic is None:
@@ -175,7 +204,9 @@ class _Nest:
             words = sch.get_sblock(f"words{index}")
             shared = plane.codes_per_word > 1 and self.chunk % plane.codes_per_word == 0
             sch.compute_at(words, words_place if shared else place, preserve_unit_loops=True)
-            sch.tensorize(self.split_lanes(sch.get_loops(words)[-1])[1], load_words(plane.word_bytes))
+            sch.tensorize(
+                self.split_lanes(sch.get_loops(words)[-1])[1], load_words(plane.word_bytes, self.tiling.prefetch)
+            )
 
     def finish(self) -> None:
         for block, loop in self.reductions:

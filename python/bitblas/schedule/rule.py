@@ -40,6 +40,8 @@ class Tiling:
         of rows.
     slab_m : int
         Rows that one launch computes at most, so that their activations stay in a cache; 0 means all.
+    prefetch : int
+        How many bytes ahead of their use weights are asked for; 0 leaves it to the hardware.
     parallel : bool
         Whether the kernel uses torch's threads.
     """
@@ -50,6 +52,7 @@ class Tiling:
     chunk_k: int = 0
     panel: bool = False
     slab_m: int = 0
+    prefetch: int = 0
     parallel: bool = True
 
     def fields(self) -> dict[str, object]:

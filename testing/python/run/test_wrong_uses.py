@@ -345,7 +345,7 @@ def test_superfluous_positions(right_calls):
         (half(N, 3), None, half(N)),
     ):
         with pytest.raises(
-            ArgumentError, match="superfluous.* this operator takes no scale, zeros or bias, then output"
+            ArgumentError, match=r"superfluous.* this operator takes no scale, zeros or bias, then output"
         ):
             op(right["A"], right["W"], *extras)
     op, right = right_calls("full")
@@ -375,7 +375,7 @@ def test_output_shares_memory(right_calls):
     A = room[: M * K].view(M, K)
     W = room[1024 : 1024 + N * K // 4].view(torch.int8).view(N, K // 2)
     for first in (0, M * K - 1, 1023, 1024 + N * K // 4 - 1):
-        with pytest.raises(ArgumentError, match="^output shares memory with an input"):
+        with pytest.raises(ArgumentError, match=r"^output shares memory with an input"):
             op(A, W, output=room[first : first + M * N].view(M, N))
     op(A, W, output=room[M * K : M * K + M * N].view(M, N))
 
@@ -473,7 +473,7 @@ def test_wrong_weight(right_calls, name, method, argument, match):
 
 def test_int1_has_no_zero(build):
     op = build(MatmulConfig(**{**BASE, "W_dtype": "int1"}))
-    with pytest.raises(ArgumentError, match="^weight holds 0; allowed for int1: -1 and 1$"):
+    with pytest.raises(ArgumentError, match=r"^weight holds 0; allowed for int1: -1 and 1$"):
         op.transform_weight(codes(0))
 
 
@@ -484,48 +484,63 @@ def test_there_are_enough_of_them():
 # -- nothing crashes -------------------------------------------------------------------------------------------------------
 
 TORTURE = """
-import itertools, sys
 import torch
 import bitblas
 
 N, K, M = 32, 48, 4
-fields = dict(N=N, K=K, A_dtype="float16", W_dtype="uint4", out_dtype="float16")
+half, byte = torch.float16, torch.int8
+
+
+def make(rows, w_dtype, **fields):
+    return bitblas.Matmul(bitblas.MatmulConfig(rows, N, K, "float16", w_dtype, **fields), target="llvm")
+
+
 full = dict(with_scaling=True, with_zeros=True, with_bias=True, group_size=16)
-operators = [bitblas.Matmul(bitblas.MatmulConfig(M, **fields, **more), target="llvm") for M in (4, [1, 16]) for more in ({}, full)]
-operators.append(bitblas.Matmul(bitblas.MatmulConfig([1, 16], N, K, "float16", "float16"), target="llvm"))
-shapes = [(), (0,), (1,), (N,), (K,), (M, K), (M, N), (N, K // 2), (N, K), (N, 3), (3, N), (0, K), (M, 0), (5, K), (1, M, K), (M, N, 1)]
-dtypes = [torch.float16, torch.float32, torch.int8, torch.uint8, torch.int32, torch.bool, torch.complex64, torch.float8_e5m2]
+operators = [make(rows, "uint4", **fields) for rows in (M, [1, 16]) for fields in ({}, full)]
+operators.append(make([1, 16], "float16"))
+shapes = [(), (0,), (1,), (N,), (K,), (M, K), (M, N), (N, K // 2), (N, K), (N, 3), (3, N), (0, K), (M, 0), (5, K)]
+shapes += [(1, M, K), (M, N, 1)]
+dtypes = [half, torch.float32, byte, torch.uint8, torch.int32, torch.bool, torch.complex64, torch.float8_e5m2]
 pool = [torch.zeros(shape, dtype=dtype) for shape in shapes for dtype in dtypes]
-pool += [torch.zeros(2 * M, K, dtype=torch.float16)[::2], torch.zeros(1, dtype=torch.float16).expand(M, K),
-         torch.zeros(N, K // 2, dtype=torch.int8).expand(2, N, K // 2)[0], torch.zeros(M, K, dtype=torch.float16, device="meta"),
-         torch.zeros(N, K // 2, dtype=torch.int8, device="meta"), torch.zeros(M, K).to_sparse(),
-         torch.zeros(M * K + 1, dtype=torch.float16)[1:].view(M, K), None, 1, "A", [1.0], object()]
+pool += [
+    torch.zeros(2 * M, K, dtype=half)[::2],
+    torch.zeros(1, dtype=half).expand(M, K),
+    torch.zeros(N, K // 2, dtype=byte).expand(2, N, K // 2)[0],
+    torch.zeros(M * K + 1, dtype=half)[1:].view(M, K),
+    torch.zeros(M, K, dtype=half, device="meta"),
+    torch.zeros(N, K // 2, dtype=byte, device="meta"),
+    torch.zeros(N, K, dtype=byte).to_sparse(),
+    None, 1, "A", [1.0], object(),
+]
 generator = torch.Generator().manual_seed(0)
 refused = answered = 0
-right = dict(A=torch.zeros(M, K, dtype=torch.float16), W=torch.zeros(N, K // 2, dtype=torch.int8), scale=torch.zeros(N, 3, dtype=torch.float16),
-             zeros=torch.zeros(N, 3, dtype=torch.float16), bias=torch.zeros(N, dtype=torch.float16), output=None)
+
+
+def attempt(function, *args, **kwargs):
+    global refused, answered
+    try:
+        function(*args, **kwargs)
+        answered += 1
+    except bitblas.ArgumentError:
+        refused += 1
+
+
 for op in operators:
-    mine = dict(right)
+    right = dict(A=torch.zeros(M, K, dtype=half), W=torch.zeros(op.retrieve_weight_shape(), dtype=byte), output=None)
     if op.config.W_dtype == "float16":
-        mine["W"] = torch.zeros(N, K, dtype=torch.float16)
-    if not op.config.with_scaling:
-        mine = {name: mine[name] for name in ("A", "W", "output")}
-    calls = [{**mine, name: odd} for name in right for odd in pool]
+        right["W"] = right["W"].to(half)
+    if op.config.with_scaling:
+        scale = torch.zeros(N, 3, dtype=half)
+        right.update(scale=scale, zeros=scale, bias=torch.zeros(N, dtype=half))
+    for name in ("A", "W", "scale", "zeros", "bias", "output"):
+        for odd in pool:
+            attempt(op, **{**right, name: odd})
     for _ in range(1500):
-        calls.append({name: pool[int(torch.randint(len(pool), (), generator=generator))] for name in right})
-    for call in calls:
-        try:
-            op(**call)
-            answered += 1
-        except bitblas.ArgumentError:
-            refused += 1
+        chosen = torch.randint(len(pool), (6,), generator=generator).tolist()
+        attempt(op, *(pool[i] for i in chosen))
     for odd in pool:
         for method in (op.transform_weight, op.pack, op.unpack_weight):
-            try:
-                method(odd)
-                answered += 1
-            except bitblas.ArgumentError:
-                refused += 1
+            attempt(method, odd)
 print("alive", refused, answered)
 """
 

@@ -28,7 +28,8 @@ def config(**fields):
 def test_positional_order():
     assert list(inspect.signature(MatmulConfig).parameters)[: len(POSITIONS)] == POSITIONS
     values = (
-        [1, 16], 32, 64, "bfloat16", "uint4", "float32", "float32", "nt", True, 16, True, True, "rescale", "int8", False, 0, 0, 0,
+        [1, 16], 32, 64, "bfloat16", "uint4", "float32", "float32", "nt",
+        True, 16, True, True, "rescale", "int8", False, 0, 0, 0,
     )  # fmt: skip
     found = MatmulConfig(*values)
     assert [getattr(found, name) for name in POSITIONS] == [(1, 16), *values[1:]]
@@ -38,7 +39,7 @@ def test_defaults():
     found = MatmulConfig(N=32, K=64)
     assert (found.A_dtype, found.W_dtype, found.out_dtype, found.accum_dtype) == ("float16",) * 4
     assert (found.layout, found.group_size, found.zeros_mode) == ("nt", -1, "original")
-    assert not (found.with_bias or found.with_scaling or found.with_zeros)
+    assert (found.with_bias, found.with_scaling, found.with_zeros) == (False, False, False)
 
 
 @pytest.mark.parametrize("a_dtype", ["float16", "bfloat16", "float32", "int8"])

@@ -116,7 +116,7 @@ def test_parse_unknown(name):
 
 
 def test_parse_blames_the_argument():
-    with pytest.raises(ConfigError, match="^source_format is 'x'"):
+    with pytest.raises(ConfigError, match=r"^source_format is 'x'"):
         parse_format("x", "source_format")
 
 

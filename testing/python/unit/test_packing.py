@@ -126,7 +126,11 @@ def representable(values, dtype):
 
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.bits <= 8 and fmt.kind != "float8"])
 @pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    "dtype",
+    [
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    ],
 )  # fmt: skip
 def test_encode_every_value(name, dtype):
     codes = torch.arange(1 << FORMATS[name].bits).view(2, -1)
@@ -178,7 +182,7 @@ def test_encode_refuses_what_is_no_integer(name, wrong):
 
 
 def test_encode_refuses_zero_for_int1():
-    with pytest.raises(ArgumentError, match="^w holds 0; allowed for int1: -1 and 1$"):
+    with pytest.raises(ArgumentError, match=r"^w holds 0; allowed for int1: -1 and 1$"):
         packing.encode(torch.tensor([[1, 0, -1]]), FORMATS["int1"])
 
 
@@ -223,7 +227,7 @@ def test_encode_native_refuses_integers(name):
 
 
 def test_encode_blames_the_argument():
-    with pytest.raises(ArgumentError, match="^qweight holds 4; "):
+    with pytest.raises(ArgumentError, match=r"^qweight holds 4; "):
         packing.encode(torch.tensor([[4]]), FORMATS["uint2"], "qweight")
 
 

@@ -1,0 +1,89 @@
+"""README.md and docs/: every Python block runs, tables say what the code says, links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bitblas import env
+from bitblas.formats import FORMATS
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmark" / "README.md"]
+_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def names(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path):
+    """(line, language, text) of each fenced block."""
+    text = path.read_text(encoding="utf-8")
+    return [(text[: match.start(2)].count("\n"), match[1], match[2]) for match in _FENCE.finditer(text)]
+
+
+PROGRAMS = [path for path in DOCUMENTS if any(language == "python" for _, language, _ in blocks(path))]
+
+
+def test_the_documents_are_found():
+    assert {"README.md", "docs/QuickStart.md"} <= {names(path) for path in PROGRAMS}
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=names)
+def test_python_blocks_run(path):
+    namespace = {"__name__": "__main__"}
+    for line, language, text in blocks(path):
+        if language == "python":
+            # blank lines in front, so that a failure names the document's own line
+            exec(compile("\n" * line + text, str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=names)
+def test_blocks_say_what_they_are(path):
+    languages = {language for _, language, _ in blocks(path)}
+    assert languages <= {"python", "console"}
+
+
+def rows_between(document, name):
+    """The table's lines below its two heading lines, between `<!-- name: … -->` and `<!-- end of name -->`."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {name}: .*?-->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)
+    assert found, f"{document} has no table {name!r}"
+    return found[1].splitlines()[2:]
+
+
+def format_rows():
+    for name, fmt in FORMATS.items():
+        zeros = "–"
+        if fmt.is_integer:
+            low, high = fmt.value_range
+            values = "-1 and 1" if name == "int1" else f"{low} to {high}"
+            zeros = "original, rescale" + (", quantized" if fmt.kind == "uint" else "")
+        elif fmt.codebook:
+            values = f"{len(fmt.codebook)} of a codebook"
+        else:
+            values = f"as torch.{fmt.torch_name}"
+        yield f"| `{name}` | {fmt.bits} | {values} | yes | {zeros} |"
+
+
+def variable_rows():
+    for variable in env.VARIABLES:
+        default = f"`{variable.default}`" if variable.default else "–"
+        yield f"| `{variable.name}` | {variable.kind.name} | {default} | {variable.doc} |"
+
+
+@pytest.mark.parametrize(
+    ("document", "name", "expected"),
+    [("README.md", "formats", format_rows), ("docs/Installation.md", "variables", variable_rows)],
+)
+def test_tables(document, name, expected):
+    wanted = list(expected())
+    assert rows_between(document, name) == wanted, "the table should be:\n" + "\n".join(wanted)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=names)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), f"{names(path)} links to {target}"
