@@ -65,7 +65,7 @@ def _encode_integers(values: torch.Tensor, fmt: DataFormat, argument: str) -> to
     low, high = fmt.value_range if fmt.is_integer else (0, (1 << fmt.bits) - 1)
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     for first in range(0, values.shape[0], _BLOCK_ROWS):
-        block = values[first : first + _BLOCK_ROWS]
+        block = comparable(values[first : first + _BLOCK_ROWS])
         if block.numel():
             _check_range(block, low, high, fmt, argument)
         whole = block.to(torch.int16)
@@ -75,6 +75,13 @@ def _encode_integers(values: torch.Tensor, fmt: DataFormat, argument: str) -> to
             whole = (whole + 1) >> 1
         codes[first : first + _BLOCK_ROWS] = (whole + fmt.code_offset).to(torch.uint8)
     return codes
+
+
+def comparable(block: torch.Tensor) -> torch.Tensor:
+    """`block` in a dtype that torch finds minima of: float8 and the wide unsigned ones are converted."""
+    if block.is_floating_point():
+        return block.float() if block.dtype.itemsize == 1 else block
+    return block if block.dtype is torch.uint8 or block.dtype.is_signed else block.to(torch.int64)
 
 
 def _check_range(block: torch.Tensor, low: int, high: int, fmt: DataFormat, argument: str) -> None:
@@ -171,7 +178,7 @@ def _plane_bytes(layout: PackedLayout, width: int) -> int:
 def _join(codes: torch.Tensor, width: int) -> torch.Tensor:
     """(..., k) codes of at most `width` < 8 bits -> (..., k·width/8) bytes, little-endian."""
     per_byte = 8 // width
-    joined = codes[..., 0::per_byte].clone()
+    joined = codes[..., 0::per_byte].clone(memory_format=torch.contiguous_format)
     for i in range(1, per_byte):
         joined |= codes[..., i::per_byte] << (width * i)
     return joined

@@ -113,9 +113,9 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
             value, integer = value.astype("float32") * scale[0, n], False
         if bias is not None:
             integer = integer and cfg.bias_dtype == "int32"
-            wide = "int32" if integer else "float32"
+            wide = "int64" if integer else "float32"  # so that an int32 sum saturates instead of wrapping
             value = value.astype(wide) + bias[n].astype(wide)
-        return _store_as(value, integer, cfg.out_dtype)
+        return _store_as(value, integer, cfg.with_bias, cfg.out_dtype)
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
@@ -273,15 +273,19 @@ def _accumulate(
     return te.compute((rows, expr.padded_n), lambda i, n: te.sum(term(i, n), axis=c), name="accumulate")
 
 
-def _store_as(value: Expr, integer: bool, dtype: str) -> Expr:
-    """Convert the accumulated value; integers round to nearest, ties to even, and saturate."""
+def _store_as(value: Expr, integer: bool, biased: bool, dtype: str) -> Expr:
+    """Convert the accumulated value, int32 (int64 once a bias is added) or float32.
+
+    Integers round to nearest, ties to even, and saturate.
+    """
     if dtype not in ("int8", "int32"):
         return value.astype(dtype)
     low, high = (-128, 127) if dtype == "int8" else (-(2**31), 2**31 - 1)
     if integer:
-        if dtype == "int32":
+        wide = "int64" if biased else "int32"
+        if dtype == "int32" and not biased:
             return value
-        return te.max(te.min(value, tirx.const(high, "int32")), tirx.const(low, "int32")).astype(dtype)
+        return te.max(te.min(value, tirx.const(high, wide)), tirx.const(low, wide)).astype(dtype)
     rounded = tirx.nearbyint(value)
     # 2^31 - 1 is no float32; the largest below is 2^31 - 128
     top = tirx.const(float(high) if dtype == "int8" else 2147483520.0, "float32")

@@ -11,6 +11,9 @@ import torch
 from ..config import SCALE_DTYPES, MatmulConfig
 from ..errors import ArgumentError
 
+#: scale, zeros, bias and output.
+_MOST_EXTRAS = 4
+
 _FLAGS = {"scale": "with_scaling", "zeros": "with_zeros", "bias": "with_bias"}
 _REASONS = {
     "W": "every call needs it",
@@ -47,6 +50,7 @@ class Operand:
         if not (
             isinstance(tensor, torch.Tensor)
             and tensor.dtype is self.dtype
+            and self.dtype in self.allowed
             and tensor.shape == self.shape
             and tensor.is_cpu
             and not tensor.requires_grad
@@ -122,7 +126,7 @@ class Door:
         for operand, tensor in zip(wanted, extras, strict=True):
             operands.append(operand.admit(tensor))
         if output is None:
-            return a, operands, torch.empty(shape, dtype=self._out_dtype)
+            return a, operands, torch.empty(shape, dtype=self._out_dtype, device=a.device)
         return a, operands, self._output(output, shape, (a, *operands))
 
     def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -170,26 +174,23 @@ class Door:
         for name, tensor in named.items():
             if tensor is not None and name not in names:
                 raise ArgumentError(f"{name} was given, but this operator was built with {_FLAGS[name]}=False")
+        if len(extras) > _MOST_EXTRAS:
+            raise ArgumentError(
+                f"{len(extras)} arguments were given by position after W; allowed: scale, zeros, bias, output"
+            )
+        if len(extras) == _MOST_EXTRAS:
+            if output is not None and extras[-1] is not None:
+                raise ArgumentError("output was given twice, by position and by name")
+            *extras, last = extras
+            output = output if last is None else last
         present = [extra for extra in extras if extra is not None]
         places = [name for name in names if named.get(name) is None]
         found = {**named, **dict(zip(places, present, strict=False))}
-        rest = present[len(places) :]
-        if rest:
-            self._check_rest(rest, names, output)
-            output = rest[0]
+        if len(present) > len(places):
+            extra, wanted = present[len(places)], ", ".join(names) or "no scale, zeros or bias"
+            what = f"tensor of shape {tuple(extra.shape)}" if isinstance(extra, torch.Tensor) else type(extra).__name__
+            raise ArgumentError(f"a {what} is superfluous: this operator takes {wanted}; give an output by name")
         return [found.get(name) for name in names], output
-
-    def _check_rest(self, rest: list[torch.Tensor], names: list[str], output: torch.Tensor | None) -> None:
-        """Refuse what was given by position beyond the wanted tensors, unless it is the output."""
-        wanted = ", ".join(names) or "no scale, zeros or bias"
-        extra = rest[0]
-        if len(rest) > 1 or output is not None or not isinstance(extra, torch.Tensor):
-            raise ArgumentError(f"{len(rest)} superfluous extra arguments; this operator takes {wanted}, then output")
-        if extra.shape[-1:] != (self._n,) or extra.dtype is not self._out_dtype:
-            raise ArgumentError(
-                f"an extra tensor of shape {tuple(extra.shape)} and dtype {extra.dtype} is superfluous: "
-                f"this operator takes {wanted}, then output"
-            )
 
     def _output(self, output: torch.Tensor, shape: tuple[int, ...], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         check_tensor("output", output)
@@ -233,12 +234,19 @@ def _wanted_operands(config: MatmulConfig, a_dtype: torch.dtype, out_dtype: torc
 
 def check_tensor(name: str, tensor: object) -> None:
     """Raise ArgumentError unless `tensor` is a dense torch tensor on the CPU."""
+    if isinstance(tensor, torch.Tensor) and not tensor.is_cpu:
+        raise ArgumentError(f"{name} is on device {tensor.device}; this operator runs on cpu")
+    check_dense(name, tensor)
+
+
+def check_dense(name: str, tensor: object) -> None:
+    """Raise ArgumentError unless `tensor` is a dense torch tensor with data, on any device."""
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    if not tensor.is_cpu:
-        raise ArgumentError(f"{name} is on device {tensor.device}; this operator runs on cpu")
     if tensor.layout is not torch.strided:
         raise ArgumentError(f"{name} has layout {tensor.layout}; it must be a dense tensor")
+    if tensor.is_meta:
+        raise ArgumentError(f"{name} is on device meta; it must have data")
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from ..layout import PackedLayout
 from ..plan import MatmulPlan, plan_matmul
 from ..runtime import Kernels
 from ..target import Target, resolve_target
-from .arguments import Door
+from .arguments import Door, check_dense
 from .provider import Provided, provide
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ class Matmul:
         ArgumentError
             Wrong shape or dtype, or a value that the format cannot hold.
         """
-        if not isinstance(weight, torch.Tensor):
-            raise ArgumentError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
+        check_dense("weight", weight)
         expected = (self.config.N, self.config.K)
         if tuple(weight.shape) != expected:
             raise ArgumentError(f"weight has shape {tuple(weight.shape)}; expected (N, K) = {expected}")
@@ -148,6 +147,7 @@ class Matmul:
         ArgumentError
             Wrong shape or dtype, or a code out of range.
         """
+        check_dense("codes", codes)
         fmt = self.config.format
         if codes.is_floating_point() or codes.dtype is torch.bool or codes.is_complex():
             raise ArgumentError(f"codes have dtype {codes.dtype}; they must be integers")
@@ -156,7 +156,7 @@ class Matmul:
                 raise ArgumentError(f"codes have dtype {codes.dtype}; {fmt.name} takes {packing.code_dtype(fmt)}")
             return packing.pack(codes, self.layout).view(getattr(torch, fmt.torch_name))
         if codes.dtype is not torch.uint8 or fmt.bits < 8:
-            low, high = (int(v) for v in torch.aminmax(codes)) if codes.numel() else (0, 0)
+            low, high = (int(v) for v in torch.aminmax(packing.comparable(codes))) if codes.numel() else (0, 0)
             if low < 0 or high >= 1 << fmt.bits:
                 wrong = low if low < 0 else high
                 raise ArgumentError(f"codes hold {wrong}; allowed for {fmt.name}: 0 to {(1 << fmt.bits) - 1}")
@@ -164,7 +164,8 @@ class Matmul:
 
     def unpack_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The (N, K) codes of a weight in this operator's layout: uint8, or int16 and int32 bit patterns of native dtypes."""
-        if tuple(weight.shape) != tuple(self.retrieve_weight_shape()):
+        check_dense("weight", weight)
+        if list(weight.shape) != self.retrieve_weight_shape():
             raise ArgumentError(
                 f"weight has shape {tuple(weight.shape)}; expected {tuple(self.retrieve_weight_shape())}"
             )

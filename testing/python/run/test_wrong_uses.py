@@ -345,7 +345,7 @@ def test_superfluous_positions(right_calls):
         (half(N, 3), None, half(N)),
     ):
         with pytest.raises(
-            ArgumentError, match=r"superfluous.* this operator takes no scale, zeros or bias, then output"
+            ArgumentError, match=r"superfluous.* this operator takes no scale, zeros or bias; give an output by name"
         ):
             op(right["A"], right["W"], *extras)
     op, right = right_calls("full")
