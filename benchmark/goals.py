@@ -142,7 +142,9 @@ def cost_goals() -> Iterator[Goal]:
     yield _at_most("a call above its kernel", "µs", CALL_SECONDS, call_overhead, 1e6)
     seconds, peak = (_TRANSFORM.format(memory=memory) for memory in (False, True))
     yield _at_most("transform_weight 11008 × 4096, uint4", "s", TRANSFORM_SECONDS, lambda: median(seconds, runs=3))
-    yield _at_most("its peak memory, beyond the int8 codes it is given", "× codes", TRANSFORM_PEAK, lambda: median(peak, runs=3))
+    yield _at_most(
+        "its peak memory, beyond the int8 codes it is given", "× codes", TRANSFORM_PEAK, lambda: median(peak, runs=3)
+    )
 
 
 def call_overhead(calls: int = 2000, rounds: int = 15) -> float:

@@ -9,7 +9,7 @@ import torch
 from bitblas.bench import Candidate, Peer, Skipped, Workload, rotate, torch_dense, torch_int_mm
 
 #: How far a peer's result may be from the reference, over the reference's root mean square.
-_EXACT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+_LIMITS = {"float32": 1e-3, "bfloat16": 1e-1}
 _QUANTIZED = 2e-1
 
 _ORT = "onnxruntime MatMulNBits {}"
@@ -37,11 +37,11 @@ def _points(workload: Workload) -> torch.Tensor:
 
 
 def int4pack(workload: Workload, budget: int) -> Candidate | Skipped:
-    """torch's own 4-bit kernel, which multiplies (q - 8)·s + z."""
+    """torch's own 4-bit kernel, which multiplies (q - 8)·s + z; with bfloat16 activations, the only ones it is fast for."""
     reason = _is_uint4(workload, (32, 64, 128, 256))
     if reason:
         return Skipped(_INT4PACK, reason)
-    config, a, s = workload.config, workload.a, workload.scale
+    config, a, s = workload.config, workload.a.to(torch.bfloat16), workload.scale
     assert s is not None
     try:
         packed = torch._convert_weight_to_int4pack_for_cpu(workload.weight.to(torch.int32), 2)
@@ -54,8 +54,8 @@ def int4pack(workload: Workload, budget: int) -> Candidate | Skipped:
     return Candidate(
         _INT4PACK,
         lambda index: torch._weight_int4pack_mm_for_cpu(a, weights[index % len(weights)], config.group, pairs),
-        lambda out: workload.check_within(out, _EXACT[config.A_dtype]),
-        f"{config.A_dtype} in, float32 sums",
+        lambda out: workload.check_within(out, _LIMITS["bfloat16"]),
+        "bfloat16 in, float32 sums",
     )
 
 
@@ -89,7 +89,7 @@ def onnxruntime_nbits(accuracy_level: int) -> Peer:
         except (onnxruntime.capi.onnxruntime_pybind11_state.Fail, RuntimeError, ValueError) as error:
             return Skipped(name, f"this onnxruntime cannot: {str(error).splitlines()[0]}")
         feed = {"A": a.numpy()}
-        limit = _QUANTIZED if accuracy_level == 4 else _EXACT["float32"]
+        limit = _QUANTIZED if accuracy_level == 4 else _LIMITS["float32"]
         return Candidate(
             name,
             lambda index: session.run(None, feed),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -103,11 +104,22 @@ def measure_machine(threads: int | None = None) -> Machine:
         isa = host_target().isa
     except BitBLASError:
         isa = ", ".join(sorted(host_features())) or platform.machine()
-    machine = Machine(cpu_name(), isa, threads, cache_bytes())
+    machine = Machine(cpu_name(), isa, threads, cache_bytes(), notes=_load_note())
     try:
         return _measure(machine)
     except (BitBLASError, OSError) as error:
-        return Machine(**{**asdict(machine), "notes": (f"bandwidth and peaks were not measured: {error}",)})
+        return replace(machine, notes=(*machine.notes, f"bandwidth and peaks were not measured: {error}"))
+
+
+def _load_note() -> tuple[str, ...]:
+    """A note where others use the CPUs: parallel loops wait for their last thread, and times grow out of proportion."""
+    try:
+        load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    except OSError:
+        return ()
+    if load < 0.5 * cpus:
+        return ()
+    return (f"the machine was busy: a load of {load:.1f} on {cpus} CPUs at the start; measure again when it is idle",)
 
 
 def _measure(machine: Machine) -> Machine:
@@ -118,14 +130,14 @@ def _measure(machine: Machine) -> Machine:
         library = _compile(compiler, Path(directory) / "peak.so")
     peaks = {name: _peak(library, name, machine.threads) for name in ("fma", "int8", "bf16")}
     size = min(READ_BYTES, max(64 << 20, 2 * machine.cache_bytes))
-    notes: tuple[str, ...] = ()
+    notes = machine.notes
     if size < 2 * machine.cache_bytes:
-        notes = (
+        notes += (
             f"bandwidth was read from {size >> 20} MB, not from twice the last-level cache of "
             f"{machine.cache_bytes >> 20} MB: a part may have come from there",
         )
     bandwidth = _bandwidth(library, size, machine.threads)
-    return Machine(**{**asdict(machine), **peaks, "bandwidth": bandwidth, "notes": notes})
+    return replace(machine, bandwidth=bandwidth, notes=notes, **peaks)
 
 
 def _compile(compiler: str, output: Path) -> ctypes.CDLL:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 
 #: A turn ends after this many seconds, or this many calls.
 TURN_SECONDS, TURN_CALLS = 0.01, 8
-#: Timed calls that every candidate gets at least.
-MIN_CALLS = 5
+#: Timed calls that every candidate gets at least, unless fewer take this many seconds.
+MIN_CALLS, ENOUGH_SECONDS = 5, 5.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ class _Run:
         self.result = self.candidate.call(self.index)
         self.index += 1
 
+    @property
+    def has_enough(self) -> bool:
+        """Whether it was called as often as a median needs."""
+        return len(self.seconds) >= MIN_CALLS or sum(self.seconds) * self.candidate.repeats >= ENOUGH_SECONDS
+
     def turn(self, clock: Callable[[], float]) -> None:
         """Call for one turn. The first call pays for what the others did to caches and thread pools and is not counted,
         unless it takes the whole turn.
@@ -139,7 +144,7 @@ def side_by_side(
         first.append(run.candidate.check(run.result))
     live = [run for run, verdict in zip(runs, first, strict=True) if verdict.right]
     deadline = clock() + seconds * len(live)
-    while live and (clock() < deadline or any(len(run.seconds) < MIN_CALLS for run in live)):
+    while live and (clock() < deadline or not all(run.has_enough for run in live)):
         for run in live:
             run.turn(clock)
     return [_timing(run, verdict) for run, verdict in zip(runs, first, strict=True)]

@@ -84,6 +84,11 @@ def test_the_first_call_of_a_turn_does_not_count_unless_it_is_the_turn():
     assert timings[0].seconds == pytest.approx(0.5)
 
 
+def test_what_takes_long_is_called_less_often():
+    (timing,) = side_by_side([(clock := Clock()).candidate("slow", 4.0)], 0.5, clock)
+    assert timing.calls == 2
+
+
 def test_repeats_share_the_time():
     clock = Clock()
     (timing,) = side_by_side([clock.candidate("graph", 0.8, repeats=8)], 0.1, clock)
@@ -229,8 +234,16 @@ def test_without_a_compiler_there_is_a_note(monkeypatch):
     found = measure_machine(1)
     assert found.bandwidth is None
     assert found.fma is None
-    assert "no C compiler" in found.notes[0]
+    assert "no C compiler" in found.notes[-1]
     json.dumps(found.fields())
+
+
+def test_a_busy_machine_is_a_note(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(machine_module.os, "cpu_count", lambda: 4)
+    for load, is_busy in ((0.3, False), (3.5, True)):
+        monkeypatch.setattr(machine_module.os, "getloadavg", lambda load=load: (load, 0, 0))
+        assert ("busy" in "".join(measure_machine(1).notes)) == is_busy
 
 
 def test_a_compiler_that_fails_is_a_note(tmp_path):
@@ -238,7 +251,7 @@ def test_a_compiler_that_fails_is_a_note(tmp_path):
     broken.write_text("#!/bin/sh\necho no luck >&2\nexit 1\n")
     broken.chmod(0o755)
     with env.scope(BITBLAS_CC=broken):
-        assert "no luck" in measure_machine(1).notes[0]
+        assert "no luck" in measure_machine(1).notes[-1]
 
 
 def test_peaks_and_bandwidth(monkeypatch):

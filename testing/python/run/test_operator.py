@@ -1,0 +1,235 @@
+"""What an operator offers beside being called: sources, facts, tuning, lifecycle."""
+
+import json
+import logging
+import threading
+
+import pytest
+import torch
+
+import bitblas
+from bitblas import BuildError, ConfigError, Matmul, MatmulConfig, UnsupportedError, tuner
+from bitblas.formats import FORMATS
+from bitblas.ops import provider
+from bitblas.schedule import Tiling
+
+SMALL = {"N": 64, "K": 64, "A_dtype": "float16", "group_size": 32, "with_scaling": True}
+
+
+def small(**changes):
+    return MatmulConfig(**{"M": [1, 16], "W_dtype": "uint4", **SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def op():
+    return Matmul(small())
+
+
+def call(op, m=3):
+    """(result, expected) of one random call."""
+    A = torch.randn(m, op.K).half()
+    codes = torch.randint(0, 16, (op.N, op.K))
+    scale = (torch.rand(op.N, op.K // 32) + 0.5).half()
+    expected = A.double() @ (codes.double() * scale.double().repeat_interleave(32, 1)).t()
+    return op(A, op.transform_weight(codes), scale).double(), expected
+
+
+def test_the_script_the_schedule_and_the_code_can_be_read(op):
+    assert "def matmul_" in op.prim_func.script() or "def main" in op.prim_func.script()
+    assert 'T.sblock("decode")' in op.prim_func.script()
+    assert "T.vectorized" in op.scheduled_ir_module.script() or "T.Ramp" in op.scheduled_ir_module.script()
+    assert "define" in op.get_source()
+    assert "@matmul_0" in op.get_source().replace("@__tvm_ffi_", "@")
+
+
+def test_facts_that_clients_read(op):
+    assert (op.M, op.N, op.K, op.bit, op.source_format) == ((1, 16), 64, 64, 4, "uint")
+    assert (op.with_scaling, op.with_zeros, op.with_bias, op.group_size) == (True, False, False, 32)
+    assert (op.A_dtype, op.W_dtype, op.out_dtype, op.zeros_mode) == ("float16", "uint4", "float16", "original")
+    assert not op.propagate_b
+    assert op.lib is not None
+    assert op.lut is None
+    assert "W_dtype='uint4'" in repr(op)
+    assert op.retrieve_weight_shape() == [64, 32]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_a_family_name(name):
+    families = {"uint", "int", "nf", "fp", "fp_e4m3", "fp_e5m2", "bf"}
+    assert Matmul(MatmulConfig(1, 16, 16, "float16", name), from_database=True).source_format in families
+
+
+def test_the_table_of_nf4():
+    lut = Matmul(small(W_dtype="nf4"), from_database=True).lut
+    assert lut.shape == (16,)
+    assert lut.dtype is torch.float16
+    assert (lut[0], lut[7], lut[15]) == (-1, 0, 1)
+
+
+def test_weight_transform_packs_unsigned_codes(op):
+    codes = torch.randint(0, 16, (64, 64), dtype=torch.int8)
+    assert torch.equal(op.weight_transform(codes), op.transform_weight(codes))
+    signed = Matmul(small(W_dtype="int4"), from_database=True)
+    assert torch.equal(signed.weight_transform(codes), signed.transform_weight(codes - 8))
+    assert Matmul(small(N=5), from_database=True).weight_transform is None
+
+
+def test_from_database_builds_at_the_first_call(store):
+    op = Matmul(small(), from_database=True)
+    assert op.lib is None
+    assert op.origin == "not built"
+    result, expected = call(op)
+    assert torch.allclose(result, expected, rtol=1e-2, atol=0.2)
+    assert op.origin == "compiled"
+    again = Matmul(small())
+    assert again.origin == "loaded"
+
+
+def test_an_operator_is_built_once_by_many_threads(store):
+    built, threads = [], []
+    barrier = threading.Barrier(6)
+
+    def construct():
+        barrier.wait()
+        built.append(Matmul(small(N=80)).origin)
+
+    for _ in range(6):
+        threads.append(threading.Thread(target=construct))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert sorted(built) == ["compiled", *["loaded"] * 5]
+
+
+def test_threads_share_one_operator(op):
+    failures = []
+
+    def work():
+        for _ in range(20):
+            result, expected = call(op)
+            if not torch.allclose(result, expected, rtol=1e-2, atol=0.2):
+                failures.append((result - expected).abs().max())
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_construction_under_meta_and_inference():
+    with torch.device("meta"), torch.inference_mode():
+        op = Matmul(small())
+    result, expected = call(op)
+    assert torch.allclose(result, expected, rtol=1e-2, atol=0.2)
+
+
+def test_names_that_are_not_taken():
+    with pytest.raises(ConfigError, match="backend is 'cutlass'; allowed: tl, tir"):
+        Matmul(small(), backend="cutlass")
+    with pytest.raises(ConfigError, match="config is 'uint4'"):
+        Matmul("uint4")
+    with pytest.raises(UnsupportedError, match="CUDA kernels are not built yet"):
+        Matmul(small(), target="cuda")
+
+
+def test_old_forms_of_a_target():
+    assert Matmul(small(), "name", "llvm -mcpu=x86-64-v3", False, True, "tir").target.mcpu == "x86-64-v3"
+    assert Matmul(small(), target={"kind": "llvm", "mcpu": "haswell"}, from_database=True).target.mcpu == "haswell"
+
+
+# -- tuning ----------------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_keeps_the_fastest_and_is_remembered(store, monkeypatch):
+    cfg = small(N=128)
+    op = Matmul(cfg, enable_tuning=False)
+    candidates = provider_tilings(op)
+    slowest_first = iter(range(1000, 0, -1))
+    monkeypatch.setattr(tuner, "measure", lambda *_: float(next(slowest_first)))
+    found = op.hardware_aware_finetune(topk=3)
+    assert set(found) == {1, 16}
+    for m, row in found.items():
+        assert len(row["candidates"]) == min(3, len(candidates[m]))
+        assert row["tiling"] == row["candidates"][-1]["tiling"]  # each one measured faster than the one before
+    result, expected = call(op)
+    assert torch.allclose(result, expected, rtol=1e-2, atol=0.2)
+    assert Matmul(cfg, enable_tuning=True).plan == op.plan
+    assert Matmul(cfg, enable_tuning=False).plan != op.plan
+
+
+def provider_tilings(op):
+    from bitblas.schedule import RULES, Problem, select_rule
+
+    problems = {m: Problem(op.config, op.layout, op.target, m) for m in op.config.buckets}
+    return {m: select_rule(RULES, problem).tilings(problem) for m, problem in problems.items()}
+
+
+def test_a_damaged_record_counts_as_none(store, caplog):
+    cfg = small(N=96)
+    op = Matmul(cfg, enable_tuning=False)
+    tuner.save_record(cfg, op.target, {1: tuner.TunedBucket(Tiling(1, 16, 8), ())})
+    (record,) = store.glob("tuning/*.json")
+    record.write_text(record.read_text()[:-20])
+    with caplog.at_level(logging.WARNING, "bitblas"):
+        assert Matmul(cfg, enable_tuning=True).plan == op.plan
+    assert "is ignored" in caplog.text
+
+
+def test_a_record_says_what_was_measured(store):
+    cfg = small(N=96)
+    target = Matmul(cfg, from_database=True).target
+    tuner.save_record(cfg, target, {1: tuner.TunedBucket(Tiling(1, 16, 8), ((Tiling(1, 16, 8), 0.5),))})
+    record = json.loads(next(store.glob("tuning/*.json")).read_text())
+    assert record["config"]["N"] == 96
+    assert record["buckets"]["1"]["candidates"][0]["seconds"] == 0.5
+
+
+def test_a_candidate_that_cannot_be_built_loses_only_itself(monkeypatch):
+    cfg = small(M=1, N=256)
+    target = Matmul(cfg, from_database=True).target
+    monkeypatch.setattr(tuner, "measure", lambda *_: 1.0)
+    lost = []
+
+    def build(plan):
+        if not lost:
+            lost.append(plan)
+            raise BuildError("no luck")
+        return None
+
+    found = tuner.tune(cfg, target, 3, build)
+    assert found[1].tiling != lost[0].kernels[0].tiling
+
+    def never(_plan):
+        raise BuildError("no luck")
+
+    with pytest.raises(BuildError, match="none of 3 tilings for m=1"):
+        tuner.tune(cfg, target, 3, never)
+
+
+def test_latency_is_measured_in_milliseconds(op):
+    assert 0 < op.profile_latency() < 1000
+    assert 0 < op.profile_latency({"m": 5}) < 1000
+
+
+# -- building --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_compiler_shows_its_command_and_output(store, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'ld: the moon is full' >&2\nexit 7\n")
+    compiler.chmod(0o755)
+    with bitblas.env.scope(BITBLAS_CC=str(compiler)), pytest.raises(BuildError) as caught:
+        Matmul(small(N=112))
+    assert "ld: the moon is full" in str(caught.value)
+    assert caught.value.command.startswith(str(compiler))
+    with bitblas.env.scope(BITBLAS_CC="no-such-compiler"), pytest.raises(BuildError, match="'no-such-compiler'"):
+        Matmul(small(N=112))
+    assert Matmul(small(N=112)).origin == "compiled"
+
+
+def test_artifacts_depend_on_the_question_and_not_on_hints(store):
+    keys = {provider.plan_key(Matmul(cfg, from_database=True).plan) for cfg in (small(), small(fast_decoding=True))}
+    assert len(keys) == 1
+    assert provider.plan_key(Matmul(small(with_bias=True), from_database=True).plan) not in keys
