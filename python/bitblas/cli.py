@@ -225,7 +225,9 @@ def _try_link(compiler: str) -> str:
         source.write_text(_PROBE)
         command = [compiler, "-shared", "-fPIC", "-fopenmp", "-o", str(library), str(source)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=20
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
         if done.returncode == 0:

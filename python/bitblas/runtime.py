@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import tvm_ffi
 
 from .plan import MatmulPlan
 
@@ -65,8 +66,6 @@ def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
         This machine cannot run code for the plan's target.
     """
     plan.target.check_runnable()
-    import tvm_ffi
-
     return _kernels(tvm_ffi.load_module(str(library)), plan)
 
 

@@ -174,7 +174,7 @@ def load_record(config: MatmulConfig, target: Target) -> dict[int, Tiling] | Non
     try:
         buckets = json.loads(path.read_text())["buckets"]
         return {int(m): Tiling(**row["tiling"]) for m, row in buckets.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         _LOGGER.warning("the tuning record %s is not readable and is ignored: %s", path, error)

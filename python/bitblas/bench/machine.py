@@ -137,7 +137,7 @@ def _measure(machine: Machine) -> Machine:
             f"{machine.cache_bytes >> 20} MB: a part may have come from there",
         )
     bandwidth = _bandwidth(library, size, machine.threads)
-    return replace(machine, bandwidth=bandwidth, notes=notes, **peaks)
+    return replace(machine, bandwidth=bandwidth, fma=peaks["fma"], int8=peaks["int8"], bf16=peaks["bf16"], notes=notes)
 
 
 def _compile(compiler: str, output: Path) -> ctypes.CDLL:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 
 from ..config import SCALE_DTYPES, MatmulConfig
 from ..errors import ArgumentError
+
+# looked up once: these stand in the path of every call
+_Tensor, _STRIDED = torch.Tensor, torch.strided
 
 #: scale, zeros, bias and output.
 _MOST_EXTRAS = 4
@@ -37,6 +40,8 @@ class Operand:
         The dtype in which the kernel takes it: equal, another view of the same bytes, or a lossless conversion.
     flat : bool
         Whether the kernel takes it as one dimension.
+    usual : torch.dtype or None
+        `dtype`, where a tensor may come in it.
     """
 
     name: str
@@ -44,20 +49,24 @@ class Operand:
     allowed: tuple[torch.dtype, ...]
     dtype: torch.dtype
     flat: bool = False
+    usual: torch.dtype | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "usual", self.dtype if self.dtype in self.allowed else None)
 
     def admit(self, tensor: torch.Tensor | None) -> torch.Tensor:
         """Return `tensor` as the kernel takes it, or raise ArgumentError. The usual case is decided in one expression."""
-        if not (
-            isinstance(tensor, torch.Tensor)
-            and tensor.dtype is self.dtype
-            and self.dtype in self.allowed
+        if (
+            isinstance(tensor, _Tensor)
+            and tensor.dtype is self.usual
             and tensor.shape == self.shape
             and tensor.is_cpu
             and not tensor.requires_grad
-            and tensor.layout is torch.strided
+            and tensor.layout is _STRIDED
             and tensor.is_contiguous()
         ):
-            tensor = self._admit_slowly(tensor)
+            return tensor.view(-1) if self.flat else tensor
+        tensor = self._admit_slowly(tensor)
         return tensor.view(-1) if self.flat else tensor
 
     def _admit_slowly(self, tensor: torch.Tensor | None) -> torch.Tensor:
@@ -96,7 +105,7 @@ class Door:
         self._a_dtype: torch.dtype = getattr(torch, config.A_dtype)
         self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
         self._weight = _weight_operand(config, weight_shape)
-        self._wanted = _wanted_operands(config, self._a_dtype, self._out_dtype)
+        self._wanted = tuple(enumerate(_wanted_operands(config, self._a_dtype, self._out_dtype)))
 
     def enter(
         self,
@@ -122,21 +131,19 @@ class Door:
         wanted = self._wanted
         if named or len(extras) != len(wanted):
             extras, output = self._bind(extras, named or {}, output)
-        operands = [self._weight.admit(W)]
-        for operand, tensor in zip(wanted, extras, strict=True):
-            operands.append(operand.admit(tensor))
+        operands = [self._weight.admit(W), *[operand.admit(extras[i]) for i, operand in wanted]]
         if output is None:
-            return a, operands, torch.empty(shape, dtype=self._out_dtype, device=a.device)
+            return a, operands, a.new_empty(shape, dtype=self._out_dtype)
         return a, operands, self._output(output, shape, (a, *operands))
 
     def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
         """A as a contiguous (m, K), and the output's shape."""
         if (
-            isinstance(A, torch.Tensor)
+            isinstance(A, _Tensor)
             and A.dtype is self._a_dtype
             and A.is_cpu
             and not A.requires_grad
-            and A.layout is torch.strided
+            and A.layout is _STRIDED
             and A.dim() == 2
             and A.is_contiguous()
         ):
@@ -170,7 +177,7 @@ class Door:
         output: torch.Tensor | None,
     ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
         """Assign tensors given by position to the wanted names, in order, and one more to the output."""
-        names = [operand.name for operand in self._wanted]
+        names = [operand.name for _, operand in self._wanted]
         for name, tensor in named.items():
             if tensor is not None and name not in names:
                 raise ArgumentError(f"{name} was given, but this operator was built with {_FLAGS[name]}=False")

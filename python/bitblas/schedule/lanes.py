@@ -160,10 +160,10 @@ class _Nest:
                 block, sch.get_loops(sch.get_sblock("epilogue"))[-4] if late else place, preserve_unit_loops=True
             )
             group, n = sch.get_loops(block)[-2:]
-            blocks, lanes = self.split_lanes(n)
             if self.groups_at_once == 1 or (name == "zero" and config.zeros_packed):
-                sch.vectorize(lanes)
-            else:
+                sch.vectorize(self.split_lanes(n)[1])
+            else:  # blocks are not unrolled here: a square is a hundred instructions, and a tile many squares
+                blocks, lanes = sch.split(n, [self.lane_blocks, LANES])
                 sch.reorder(blocks, group, lanes)
                 sch.tensorize(group, transpose_lanes(config.scale_dtype, self.groups_at_once))
 

@@ -593,7 +593,7 @@ def tilings():
                 yield pytest.param(cfg, tiling, id=f"{N}x{K}-m{m}-{name}-{i}")
 
 
-@pytest.mark.parametrize(("cfg", "tiling"), tilings())
+@pytest.mark.parametrize(("cfg", "tiling"), list(tilings()))
 def test_every_tiling_that_tuning_may_choose(cfg, tiling):
     op = bitblas.Matmul(cfg, target="llvm", from_database=True)
     op.plan = plan_matmul(cfg, op.target, dict.fromkeys(cfg.buckets, tiling))

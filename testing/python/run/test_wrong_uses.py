@@ -350,9 +350,11 @@ def test_superfluous_positions(right_calls):
             op(right["A"], right["W"], *extras)
     op, right = right_calls("full")
     extras = [right[name] for name in ("scale", "zeros", "bias")]
-    with pytest.raises(ArgumentError, match="superfluous"):
+    with pytest.raises(
+        ArgumentError, match=r"^5 arguments were given by position after W; allowed: scale, zeros, bias, output$"
+    ):
         op(right["A"], right["W"], *extras, half(M, N), half(M, N))
-    with pytest.raises(ArgumentError, match="superfluous"):
+    with pytest.raises(ArgumentError, match="output was given twice, by position and by name"):
         op(right["A"], right["W"], *extras, half(M, N), output=half(M, N))
     with pytest.raises(ArgumentError, match="zeros is missing"):
         op(right["A"], right["W"], right["scale"])
