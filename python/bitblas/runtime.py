@@ -42,19 +42,19 @@ class Kernels:
         found = {name: module[name] for _, name in buckets}  # type: ignore[index]
         self._functions: list[Callable[..., None]] = [found[name] for _, name in buckets]
 
-    def launch(self, a: torch.Tensor, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """Compute `out` (m, N) from `a` (m, K), both contiguous.
+    def launch(self, m: int, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Compute `out` (m, N) from A (m, K), the first of `operands`; all contiguous, and checked before.
 
         m takes the nearest bucket that is not smaller, beyond the largest that one; more rows than a slab
         are computed slab by slab.
         """
-        m = a.shape[0]
         if m <= self._slab:
-            self._functions[min(bisect_left(self._limits, m), self._last)](a, *operands, out)
+            self._functions[min(bisect_left(self._limits, m), self._last)](*operands, out)
             return
+        a, *rest = operands
         for first in range(0, m, self._slab):
             last = min(first + self._slab, m)
-            self.launch(a[first:last], operands, out[first:last])
+            self.launch(last - first, [a[first:last], *rest], out[first:last])
 
 
 def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:

@@ -93,12 +93,12 @@ def measure(kernels: Kernels, config: MatmulConfig, layout: PackedLayout, m: int
     weights = [weight, *(weight.clone() for _ in range(copies - 1))]
     out = torch.empty(m, config.N, dtype=getattr(torch, config.out_dtype))
     for w in weights[:2]:
-        kernels.launch(a, [w, *rest], out)
+        kernels.launch(m, [a, w, *rest], out)
     times: list[float] = []
     while len(times) < MIN_CALLS or sum(times) < MIN_SECONDS:
-        operands = [weights[len(times) % len(weights)], *rest]
+        operands = [a, weights[len(times) % len(weights)], *rest]
         began = time.perf_counter()
-        kernels.launch(a, operands, out)
+        kernels.launch(m, operands, out)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 

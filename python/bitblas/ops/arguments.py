@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import TypeGuard
 
 import torch
 
@@ -38,8 +39,6 @@ class Operand:
         The dtypes in which it may come.
     dtype : torch.dtype
         The dtype in which the kernel takes it: equal, another view of the same bytes, or a lossless conversion.
-    flat : bool
-        Whether the kernel takes it as one dimension.
     usual : torch.dtype or None
         `dtype`, where a tensor may come in it.
     """
@@ -48,28 +47,24 @@ class Operand:
     shape: tuple[int, ...]
     allowed: tuple[torch.dtype, ...]
     dtype: torch.dtype
-    flat: bool = False
     usual: torch.dtype | None = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "usual", self.dtype if self.dtype in self.allowed else None)
 
-    def admit(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Return `tensor` as the kernel takes it, or raise ArgumentError. The usual case is decided in one expression."""
-        if (
+    def is_ready(self, tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+        """Whether the kernel can take `tensor` as it is: the usual case, decided in one expression."""
+        return (
             isinstance(tensor, _Tensor)
             and tensor.dtype is self.usual
             and tensor.shape == self.shape
             and tensor.is_cpu
-            and not tensor.requires_grad
             and tensor.layout is _STRIDED
             and tensor.is_contiguous()
-        ):
-            return tensor.view(-1) if self.flat else tensor
-        tensor = self._admit_slowly(tensor)
-        return tensor.view(-1) if self.flat else tensor
+        )
 
-    def _admit_slowly(self, tensor: torch.Tensor | None) -> torch.Tensor:
+    def convert(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Return what the kernel can take, or raise ArgumentError."""
         if tensor is None:
             raise ArgumentError(f"{self.name} is missing; {_REASONS[self.name]}")
         check_tensor(self.name, tensor)
@@ -104,8 +99,10 @@ class Door:
         self._static_m = config.M if isinstance(config.M, int) else None
         self._a_dtype: torch.dtype = getattr(torch, config.A_dtype)
         self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
-        self._weight = _weight_operand(config, weight_shape)
-        self._wanted = tuple(enumerate(_wanted_operands(config, self._a_dtype, self._out_dtype)))
+        self._operands = (
+            _weight_operand(config, weight_shape),
+            *_wanted_operands(config, self._a_dtype, self._out_dtype),
+        )
 
     def enter(
         self,
@@ -114,45 +111,47 @@ class Door:
         extras: Sequence[torch.Tensor | None],
         named: dict[str, torch.Tensor | None] | None,
         output: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    ) -> tuple[int, list[torch.Tensor], torch.Tensor]:
         """Check a call.
 
         Returns
         -------
-        (torch.Tensor, list of torch.Tensor, torch.Tensor)
-            A as a contiguous (m, K), the operands after it in the kernel's order, and the output in its final shape.
+        (int, list of torch.Tensor, torch.Tensor)
+            m; the kernel's operands in its order, A first, as a contiguous (m, K); and the output in its final shape.
 
         Raises
         ------
         ArgumentError
             Naming the argument, its value, and what is allowed.
         """
-        a, shape = self._activation(A)
-        wanted = self._wanted
-        if named or len(extras) != len(wanted):
+        a, m, shape = self._activation(A)
+        if named or len(extras) != len(self._operands) - 1:
             extras, output = self._bind(extras, named or {}, output)
-        operands = [self._weight.admit(W), *[operand.admit(extras[i]) for i, operand in wanted]]
-        if output is None:
-            return a, operands, a.new_empty(shape, dtype=self._out_dtype)
-        return a, operands, self._output(output, shape, (a, *operands))
+        operands = [a]
+        for operand, tensor in zip(self._operands, (W, *extras), strict=True):
+            if not operand.is_ready(tensor):
+                tensor = operand.convert(tensor)
+            operands.append(tensor)
+        if output is not None:
+            return m, operands, self._output(output, shape, operands)
+        return m, operands, operands[0].new_empty(shape, dtype=self._out_dtype)
 
-    def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """A as a contiguous (m, K), and the output's shape."""
+    def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
+        """A as a contiguous (m, K), m, and the output's shape."""
         if (
             isinstance(A, _Tensor)
             and A.dtype is self._a_dtype
             and A.is_cpu
-            and not A.requires_grad
             and A.layout is _STRIDED
             and A.dim() == 2
             and A.is_contiguous()
         ):
             m, k = A.shape
             if k == self._k and (self._static_m is None or self._static_m == m):
-                return A, (m, self._n)
+                return A, m, (m, self._n)
         return self._activation_slowly(A)
 
-    def _activation_slowly(self, A: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    def _activation_slowly(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
         check_tensor("A", A)
         if A.dtype is not self._a_dtype:
             raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
@@ -164,11 +163,10 @@ class Door:
             raise ArgumentError(
                 f"A has shape {tuple(shape)}, {rows} rows; this operator was built for M = {self._static_m}"
             )
-        if A.requires_grad:
-            A = A.detach()
+        A = A.detach()
         if len(shape) != 2:
             A = A.reshape(rows, self._k)
-        return A.contiguous(), (*shape[:-1], self._n)
+        return A.contiguous(), rows, (*shape[:-1], self._n)
 
     def _bind(
         self,
@@ -177,7 +175,7 @@ class Door:
         output: torch.Tensor | None,
     ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
         """Assign tensors given by position to the wanted names, in order, and one more to the output."""
-        names = [operand.name for _, operand in self._wanted]
+        names = [operand.name for operand in self._operands[1:]]
         for name, tensor in named.items():
             if tensor is not None and name not in names:
                 raise ArgumentError(f"{name} was given, but this operator was built with {_FLAGS[name]}=False")
@@ -199,7 +197,7 @@ class Door:
             raise ArgumentError(f"a {what} is superfluous: this operator takes {wanted}; give an output by name")
         return [found.get(name) for name in names], output
 
-    def _output(self, output: torch.Tensor, shape: tuple[int, ...], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _output(self, output: torch.Tensor, shape: tuple[int, ...], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         check_tensor("output", output)
         if output.dtype is not self._out_dtype:
             raise ArgumentError(f"output has dtype {output.dtype}; this operator gives {self._out_dtype}")
@@ -219,7 +217,7 @@ def _weight_operand(config: MatmulConfig, shape: tuple[int, ...]) -> Operand:
     allowed: dict[torch.dtype, None] = {} if fmt.is_native else {torch.int8: None, torch.uint8: None}
     if fmt.torch_name:
         allowed[getattr(torch, fmt.torch_name)] = None
-    return Operand("W", shape, tuple(allowed), torch.int8, flat=True)
+    return Operand("W", shape, tuple(allowed), torch.int8)
 
 
 def _wanted_operands(config: MatmulConfig, a_dtype: torch.dtype, out_dtype: torch.dtype) -> list[Operand]:
@@ -231,7 +229,7 @@ def _wanted_operands(config: MatmulConfig, a_dtype: torch.dtype, out_dtype: torc
         wanted.append(Operand("scale", shape, allowed, dtype))
     if config.zeros_packed:
         packed = (config.num_groups, (config.N * config.format.bits + 7) // 8)
-        wanted.append(Operand("zeros", packed, (torch.int8, torch.uint8), torch.int8, flat=True))
+        wanted.append(Operand("zeros", packed, (torch.int8, torch.uint8), torch.int8))
     elif config.with_zeros:
         wanted.append(Operand("zeros", shape, allowed, dtype))
     if config.with_bias:

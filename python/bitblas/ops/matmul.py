@@ -84,6 +84,7 @@ class Matmul:
         self.plan: MatmulPlan = plan_matmul(config, self.target, tuned)
         self._lock = threading.Lock()
         self._provided: Provided | None = None
+        self._kernels: Kernels | None = None
         self._door = Door(config, tuple(self.retrieve_weight_shape()))
         if not from_database:
             self._provide()
@@ -222,10 +223,10 @@ class Matmul:
         named = None
         if scale is not None or zeros is not None or bias is not None:
             named = {"scale": scale, "zeros": zeros, "bias": bias}
-        a, operands, out = self._door.enter(A, W, extras, named, output)
-        if a.shape[0]:
-            kernels = self._provided.kernels if self._provided is not None else self._provide()
-            kernels.launch(a, operands, out if out.dim() == 2 else out.view(-1, self.config.N))
+        m, operands, out = self._door.enter(A, W, extras, named, output)
+        if m:
+            kernels = self._kernels or self._provide()
+            kernels.launch(m, operands, out if out.dim() == 2 else out.view(m, self.config.N))
         return out
 
     __call__ = forward
@@ -233,11 +234,11 @@ class Matmul:
     # -- kernels ---------------------------------------------------------------------------------------------------------
 
     def _provide(self) -> Kernels:
-        if self._provided is None:
-            with self._lock:
-                if self._provided is None:
-                    self._provided = provide(self.plan)
-        return self._provided.kernels
+        with self._lock:
+            if self._provided is None:
+                self._provided = provide(self.plan)
+                self._kernels = self._provided.kernels
+            return self._provided.kernels
 
     @property
     def origin(self) -> str:
@@ -270,6 +271,7 @@ class Matmul:
         with self._lock:
             self.plan = plan_matmul(self.config, self.target, {m: row.tiling for m, row in found.items()})
             self._provided = provide(self.plan)
+            self._kernels = self._provided.kernels
         return {m: row.fields() for m, row in found.items()}
 
     def profile_latency(self, dynamic_symbolic_constraints: dict[str, int] | None = None) -> float:

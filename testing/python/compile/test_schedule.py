@@ -65,7 +65,7 @@ def test_tilings_are_legal_and_differ(rule, n, m):
     assert len(set(tilings)) == len(tilings)
     for tiling in tilings:
         assert tiling.block_n % 16 == 0
-        assert 1 <= tiling.block_m
+        assert tiling.block_m >= 1
         assert tiling.block_n <= 16 * subject.lane_blocks
         assert subject.config.group % tiling.chunk(subject.config) == 0
         assert tiling.slab_m % tiling.block_m == 0

@@ -196,7 +196,7 @@ def test_a_candidate_that_cannot_be_built_loses_only_itself(monkeypatch):
         if not lost:
             lost.append(plan)
             raise BuildError("no luck")
-        return None
+        return
 
     found = tuner.tune(cfg, target, 3, build)
     assert found[1].tiling != lost[0].kernels[0].tiling
