@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -22,10 +21,12 @@ from .sources import source_digest, source_dir
 if TYPE_CHECKING:
     import tvm
 
-_LOGGER = logging.getLogger("bitblas")
 
 #: Files of an artifact.
 LIBRARY, SCRIPT, SOURCE = "kernel.so", "schedule.py", "kernel.ll"
+
+#: The distribution that compiles; a machine that only loads artifacts does without.
+COMPILER = "apache-tvm"
 
 _COMPILERS = ("cc", "gcc", "clang")
 
@@ -51,7 +52,7 @@ def find_compiler() -> str | None:
 def toolchain() -> dict[str, str]:
     """Versions of all that turns a plan into bytes, and digests of our own part; known without importing or running any."""
     versions = {"bitblas": __version__, "sources": source_digest(), "generator": _generator_digest()}
-    for name in ("apache-tvm", "apache-tvm-ffi"):
+    for name in (COMPILER, "apache-tvm-ffi"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import tempfile
 import time
@@ -20,12 +19,11 @@ from .build import toolchain
 from .config import MatmulConfig
 from .errors import BuildError
 from .layout import PackedLayout
+from .logs import get_logger
 from .plan import MatmulPlan, plan_matmul
 from .runtime import Kernels
 from .schedule import RULES, Problem, Tiling, select_rule
 from .target import Target
-
-_LOGGER = logging.getLogger("bitblas")
 
 #: Seconds and calls that a measurement takes at least.
 MIN_SECONDS, MIN_CALLS = 0.05, 5
@@ -136,7 +134,7 @@ def tune(
                 try:
                     kernels = build(plan_matmul(replace(config, M=m), target, {m: tiling}))
                 except BuildError as error:
-                    _LOGGER.warning("tuning lost %s for m=%d: %s", tiling, m, error)
+                    get_logger().warning("tuning lost %s for m=%d: %s", tiling, m, error)
                 else:
                     seconds.append((tiling, measure(kernels, config, layout, m)))
                 bar.update()
@@ -165,7 +163,7 @@ def save_record(config: MatmulConfig, target: Target, found: dict[int, TunedBuck
             json.dump(record, file, indent=1)
         Path(file.name).replace(path)
     except OSError as error:
-        _LOGGER.warning("the tuning record could not be kept in %s: %s", path.parent, error)
+        get_logger().warning("the tuning record could not be kept in %s: %s", path.parent, error)
 
 
 def load_record(config: MatmulConfig, target: Target) -> dict[int, Tiling] | None:
@@ -177,5 +175,5 @@ def load_record(config: MatmulConfig, target: Target) -> dict[int, Tiling] | Non
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _LOGGER.warning("the tuning record %s is not readable and is ignored: %s", path, error)
+        get_logger().warning("the tuning record %s is not readable and is ignored: %s", path, error)
         return None

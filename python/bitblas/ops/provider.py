@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -10,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import env
-from ..artifacts import ArtifactStore, artifact_key
-from ..build import LIBRARY, SCRIPT, SOURCE, build_library, compile_plan, find_compiler, toolchain
-from ..logs import warn_once
+from ..artifacts import Artifact, ArtifactStore, artifact_key
+from ..build import COMPILER, LIBRARY, SCRIPT, SOURCE, build_library, compile_plan, find_compiler, toolchain
+from ..logs import get_logger, warn_once
 from ..plan import MatmulPlan
 from ..runtime import Kernels, load_kernels, wrap_executable
-
-_LOGGER = logging.getLogger("bitblas")
 
 _stores: dict[Path, ArtifactStore] = {}
 _stores_lock = threading.Lock()
@@ -71,14 +68,14 @@ def provide(plan: MatmulPlan) -> Provided:
     """
     began = time.perf_counter()
     key, target_store = plan_key(plan), store()
-    artifact, origin = target_store.load(key), "loaded"
+    artifact, origin = target_store.load(key) or _load_of_any_compiler(plan, target_store), "loaded"
     if artifact is None:
         compiler = find_compiler()
         if compiler is None:
             return _compile_in_memory(plan, began)
 
         def build(staging: Path) -> Mapping[str, object]:
-            _LOGGER.info("building %s for buckets %s on %s into %s", *_describe(plan), target_store.root)
+            get_logger().info("building %s for buckets %s on %s into %s", *_describe(plan), target_store.root)
             build_library(plan, staging, compiler)
             return {"library": LIBRARY, "plan": plan.fields(), "toolchain": toolchain()}
 
@@ -86,8 +83,20 @@ def provide(plan: MatmulPlan) -> Provided:
         origin = "compiled" if built else "loaded"
     kernels = load_kernels(artifact.file(LIBRARY), plan)
     seconds = time.perf_counter() - began
-    _LOGGER.info("%s %s for buckets %s on %s in %.3f s", origin, *_describe(plan), seconds)
+    get_logger().info("%s %s for buckets %s on %s in %.3f s", origin, *_describe(plan), seconds)
     return Provided(kernels, origin, seconds, artifact.file(SOURCE), artifact.file(SCRIPT))
+
+
+def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Artifact | None:
+    """Where TVM is not installed, the library that some version of it built from the same plan by the same sources."""
+    here = toolchain()
+    if here[COMPILER]:
+        return None
+    for entry in target_store.entries():
+        built = dict(entry.manifest.get("toolchain", {}), **{COMPILER: here[COMPILER]})
+        if built == here and entry.manifest.get("plan") == plan.fields():
+            return target_store.load(entry.key)
+    return None
 
 
 def _compile_in_memory(plan: MatmulPlan, began: float) -> Provided:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..layout import LANES
-from .avx512 import SERIAL_WORK
 from .rule import Problem, ScheduleRule, Tiling
+from .tilings import SMALL_M, decode_in_registers, decode_to_panel
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class GenericLlvm(ScheduleRule):
-    """Arithmetic decode, no intrinsic of any machine."""
+    """Decodes by arithmetic, with no intrinsic of any machine; three quarters of the registers hold sums."""
 
     name = "generic_llvm"
 
@@ -24,16 +24,13 @@ class GenericLlvm(ScheduleRule):
 
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
-        target = problem.target
-        accumulators = max(1, target.num_vector_registers * target.vector_bits // (LANES * 32) * 3 // 4)
-        parallel = problem.work > SERIAL_WORK
-        found = []
-        for rows in (min(problem.m, accumulators), 2, 1):
-            blocks = min(max(1, accumulators // rows), problem.lane_blocks, 4)
-            tiling = Tiling(rows, blocks * LANES, 8, parallel=parallel)
-            if rows <= problem.m and tiling not in found:
-                found.append(tiling)
-        return found
+        target, m = problem.target, problem.m
+        registers_per_block = LANES * 32 // target.vector_bits
+        sums = max(1, target.num_vector_registers * 3 // 4 // registers_per_block)
+        if m <= SMALL_M:
+            return decode_in_registers(problem, [(m, width) for width in (max(1, sums // m), 2, 1)])
+        rows = min(m, sums)
+        return decode_to_panel(problem, [(rows, max(1, sums // rows)), (max(1, sums // 2), 2), (max(1, sums // 2), 1)])
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""

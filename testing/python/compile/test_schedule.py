@@ -87,7 +87,7 @@ def test_a_chunk_divides_its_group_and_keeps_integers_exact(changes, tiling, chu
 
 
 def test_equal_kernels_are_shared_between_buckets():
-    plan = plan_matmul(config(M=None), AVX512)
+    plan = plan_matmul(config(M=None, N=768), AVX512)
     assert [kernel.rule for kernel in plan.kernels] == ["avx512_small_m", "avx512_gemm"]
     assert plan.buckets[0] == (1, plan.kernels[0].name)
     assert {name for _, name in plan.buckets[1:]} == {plan.kernels[1].name}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bitblas
-from bitblas import BuildError, ConfigError, Matmul, MatmulConfig, UnsupportedError, tuner
+from bitblas import BuildError, ConfigError, Matmul, MatmulConfig, UnsupportedError, build, tuner
 from bitblas.formats import FORMATS
 from bitblas.ops import provider
 from bitblas.schedule import Tiling
@@ -233,3 +233,23 @@ def test_artifacts_depend_on_the_question_and_not_on_hints(store):
     keys = {provider.plan_key(Matmul(cfg, from_database=True).plan) for cfg in (small(), small(fast_decoding=True))}
     assert len(keys) == 1
     assert provider.plan_key(Matmul(small(with_bias=True), from_database=True).plan) not in keys
+
+
+def test_a_machine_without_tvm_loads_what_another_built(store, monkeypatch):
+    cfg = small(N=144)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provider, "toolchain", lambda: {**build.toolchain(), build.COMPILER: "0.27.9"})
+        assert Matmul(cfg).origin == "compiled"
+    monkeypatch.setattr(provider, "toolchain", lambda: {**build.toolchain(), build.COMPILER: ""})
+    op = Matmul(cfg)
+    assert op.origin == "loaded"
+    result, expected = call(op)
+    assert torch.allclose(result, expected, rtol=1e-2, atol=0.2)
+    monkeypatch.setattr(provider, "toolchain", lambda: {**build.toolchain(), build.COMPILER: "", "sources": "others"})
+    monkeypatch.setattr(provider, "build_library", no_tvm)
+    with pytest.raises(BuildError, match="no TVM"):
+        Matmul(cfg)
+
+
+def no_tvm(*_):
+    raise BuildError("no TVM here")
