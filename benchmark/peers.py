@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from bitblas.bench import Candidate, Peer, Skipped, Workload, rotate, torch_dense, torch_int_mm
+from bitblas.bench.matmul import num_copies
 
 #: How far a peer's result may be from the reference, over the reference's root mean square.
 _LIMITS = {"float32": 1e-3, "bfloat16": 1e-1}
@@ -14,7 +15,8 @@ _QUANTIZED = 2e-1
 
 _ORT = "onnxruntime MatMulNBits {}"
 _INT4PACK = "torch int4pack"
-_ORT_COPIES = 16
+#: Rows up to which a matmul is bound by memory.
+_FEW_ROWS = 4
 
 
 def _is_uint4(workload: Workload, groups: tuple[int, ...]) -> str:
@@ -76,9 +78,8 @@ def onnxruntime_nbits(accuracy_level: int) -> Peer:
         except ImportError as error:
             return Skipped(name, f"{error}: pip install 'bitblas[bench]'")
         a = workload.a.float()
-        # a run repeats all copies: few of them where one takes long, as it reads its weight more than once then
-        size = workload.weight.numel() // 2
-        copies = max(1, min(_ORT_COPIES, budget // size)) if workload.m <= 16 else 1
+        # a run repeats all copies: few of them where one takes long, and memory matters less
+        copies = num_copies(workload.weight.numel() // 2, budget) if workload.m <= _FEW_ROWS else 1
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

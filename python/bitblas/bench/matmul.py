@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch.nn import functional
 
@@ -15,8 +16,8 @@ from .machine import Machine, cache_bytes
 from .timing import Candidate, Timing, side_by_side
 from .workload import Workload, draw_workload
 
-#: Bytes that all copies of all candidates' weights may take together.
-MEMORY_CAP = 512 << 20
+#: Bytes that the copies of one candidate's weight may take at most, and the part of the free memory for all of them.
+MEMORY_CAP, MEMORY_PART = 1 << 30, 1 / 4
 OURS = "bitblas"
 
 #: How far a dense result may be from the reference, over its root mean square, by dtype.
@@ -50,8 +51,8 @@ def use_threads(threads: int | None) -> Iterator[int]:
 
 
 def num_copies(num_bytes: int, budget: int) -> int:
-    """How many copies of a weight exceed the last-level cache twice, within a budget of bytes; at least one."""
-    wanted = -(-2 * max(cache_bytes(), 32 << 20) // max(1, num_bytes))
+    """How many copies of a weight exceed the last-level cache, within a budget of bytes; at least one."""
+    wanted = max(cache_bytes(), 32 << 20) // max(1, num_bytes) + 1
     return max(1, min(wanted, budget // max(1, num_bytes)))
 
 
@@ -146,7 +147,7 @@ def compare(op: Matmul, m: int, peers: Sequence[Peer] = (), seconds: float = 0.5
         Of the operands.
     """
     workload = draw_workload(op.config, m, seed)
-    budget = MEMORY_CAP // (1 + len(peers))
+    budget = min(MEMORY_CAP, int(psutil.virtual_memory().available * MEMORY_PART) // (1 + len(peers)))
     ours = _ours(op, workload, budget)
     made = [peer(workload, budget) for peer in peers]
     candidates = [ours, *(peer for peer in made if isinstance(peer, Candidate))]

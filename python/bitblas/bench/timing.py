@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-#: A turn ends after this many seconds, or this many calls.
-TURN_SECONDS, TURN_CALLS = 0.01, 8
+#: A turn ends after this many seconds, but not before this many calls, the first of which is not counted; or after so many.
+TURN_SECONDS, LEAST_CALLS, TURN_CALLS = 0.05, 3, 40
+#: Before a turn, so that threads of the one before, which spin while they wait for more work, have gone to sleep.
+SETTLE_SECONDS = 0.1
 #: Timed calls that every candidate gets at least, unless fewer take this many seconds.
 MIN_CALLS, ENOUGH_SECONDS = 5, 5.0
 
@@ -93,6 +95,7 @@ class _Run:
     """A candidate at work."""
 
     candidate: Candidate
+    settle: Callable[[float], None]
     index: int = 0
     result: object = None
     seconds: list[float] = field(default_factory=list)
@@ -107,19 +110,21 @@ class _Run:
         return len(self.seconds) >= MIN_CALLS or sum(self.seconds) * self.candidate.repeats >= ENOUGH_SECONDS
 
     def turn(self, clock: Callable[[], float]) -> None:
-        """Call for one turn. The first call pays for what the others did to caches and thread pools and is not counted,
-        unless it takes the whole turn.
-        """
+        """Call for one turn. The first call pays for what the others did to caches and thread pools and is not counted."""
+        self.settle(SETTLE_SECONDS)
         taken: list[float] = []
-        while sum(taken) < TURN_SECONDS and len(taken) < TURN_CALLS:
+        while len(taken) < LEAST_CALLS or (sum(taken) < TURN_SECONDS and len(taken) < TURN_CALLS):
             began = clock()
             self.call()
             taken.append(clock() - began)
-        self.seconds += [seconds / self.candidate.repeats for seconds in taken[1:] or taken]
+        self.seconds += [seconds / self.candidate.repeats for seconds in taken[1:]]
 
 
 def side_by_side(
-    candidates: Sequence[Candidate], seconds: float = 0.5, clock: Callable[[], float] = time.perf_counter
+    candidates: Sequence[Candidate],
+    seconds: float = 0.5,
+    clock: Callable[[], float] = time.perf_counter,
+    settle: Callable[[float], None] = time.sleep,
 ) -> list[Timing]:
     """Time candidates in turns.
 
@@ -131,13 +136,15 @@ def side_by_side(
         How long to measure, for each candidate; more where `MIN_CALLS` take longer.
     clock : callable
         Seconds since some moment.
+    settle : callable
+        Waits before a turn.
 
     Returns
     -------
     list of Timing
         In the same order. A candidate whose first or last result is wrong has no time.
     """
-    runs = [_Run(candidate) for candidate in candidates]
+    runs = [_Run(candidate, settle) for candidate in candidates]
     first: list[Verdict] = []
     for run in runs:
         run.call()

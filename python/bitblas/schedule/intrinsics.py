@@ -105,11 +105,12 @@ def avx512_table(format_name: str) -> str:
 
 
 @cache
-def transpose_lanes(dtype: str, width: int) -> str:
+def transpose_lanes(dtype: str, width: int, rows_ahead: int = 0) -> str:
     """Sixteen rows of `width` (2, 4, 8 or 16) scales side by side in memory -> `width` vectors of sixteen lanes, as float32.
 
     Rows i, i + width, i + 2 width, ... fill the segments of register i; then segments are transposed as squares, in steps that
-    exchange between two registers the halves, the quarters, and so on. Any target.
+    exchange between two registers the halves, the quarters, and so on. With `rows_ahead`, the scales of the rows so far on,
+    those of the next tile, are asked for. Any target.
     """
 
     @T.prim_func(s_tir=True)
@@ -153,11 +154,14 @@ def transpose_lanes(dtype: str, width: int) -> str:
         with B.sblock("root"):
             B.reads(S[0:LANES, 0:width])
             B.writes(D[0:width, 0:LANES])
+            for row in range(LANES if rows_ahead else 0):
+                address = B.address_of(S[row + rows_ahead, 0])
+                B.evaluate(B.call_llvm_intrin("void", "llvm.prefetch.p0", address, 0, 3, 1))
             for row in range(width):
                 B.buffer_store(D, transposed(S, row), [row, B.ramp(0, 1, LANES)])
     implementation = builder.get()
 
-    return _register(f"bitblas.transpose_lanes_{dtype}_{width}", meaning, implementation)
+    return _register(f"bitblas.transpose_lanes_{dtype}_{width}_{rows_ahead}", meaning, implementation)
 
 
 def _register(name: str, meaning: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:

@@ -68,6 +68,7 @@ class _Nest:
         self.chunk = tiling.chunk(self.config)
         self.unrolled_k = math.gcd(tiling.block_k, self.chunk)
         self.groups_at_once = self._groups_at_once()
+        self.rows_ahead = tiling.block_n if tiling.prefetch else 0
         self.reductions: list[tuple[SBlockRV, LoopRV]] = []  # to be split into init and update at the very end
 
     def _groups_at_once(self) -> int:
@@ -165,7 +166,7 @@ class _Nest:
             else:  # blocks are not unrolled here: a square is a hundred instructions, and a tile many squares
                 blocks, lanes = sch.split(n, [self.lane_blocks, LANES])
                 sch.reorder(blocks, group, lanes)
-                sch.tensorize(group, transpose_lanes(config.scale_dtype, self.groups_at_once))
+                sch.tensorize(group, transpose_lanes(config.scale_dtype, self.groups_at_once, self.rows_ahead))
 
     def matmul(self, place: LoopRV) -> tuple[LoopRV, LoopRV]:
         """Place the products; returns the loop over unrolled k and the one around it."""
