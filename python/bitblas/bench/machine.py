@@ -19,9 +19,9 @@ from ..sources import source_dir
 from ..target import host_features, host_target
 
 #: Bytes that are read to measure the bandwidth, at most.
-READ_BYTES = 512 << 20
-_STEPS = 400_000  # of the register loops: some ten milliseconds
-_PASSES = 5
+READ_BYTES = 1 << 30
+_STEPS = 8_000_000  # of the register loops: some ten milliseconds
+_PASSES = 8
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
