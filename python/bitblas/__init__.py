@@ -5,16 +5,11 @@ Importing this imports torch, and nothing of TVM: that happens when an operator 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ._version import __version__
 from .config import MatmulConfig
 from .errors import ArgumentError, ArtifactError, BitBLASError, BuildError, ConfigError, UnsupportedError
 from .logs import set_log_level
 from .ops import Matmul
-
-if TYPE_CHECKING:
-    import tvm
 
 __all__ = [
     "ArgumentError",
@@ -27,7 +22,6 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "set_log_level",
-    "tvm",
 ]
 
 

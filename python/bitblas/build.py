@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -32,7 +33,7 @@ _COMPILERS = ("cc", "gcc", "clang")
 
 
 def find_compiler() -> str | None:
-    """Path of the C compiler that links CPU libraries: BITBLAS_CC, else the first of cc, gcc, clang on the PATH; or None.
+    """Command of the C compiler that links CPU libraries: BITBLAS_CC, else the first of cc, gcc, clang on the PATH; or None.
 
     Raises
     ------
@@ -41,10 +42,9 @@ def find_compiler() -> str | None:
     """
     named = env.CC.get()
     if named:
-        found = shutil.which(named)
-        if found is None:
+        if shutil.which(shlex.split(named)[0]) is None:
             raise BuildError(f"BITBLAS_CC is {named!r}, and there is no such program")
-        return found
+        return named
     return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
 
 
@@ -63,7 +63,8 @@ def toolchain() -> dict[str, str]:
 def _generator_digest() -> str:
     """Digest of the modules that write kernels, so that a change to one of them never meets an older artifact."""
     package = Path(__file__).parent
-    modules = [package / name for name in ("build.py", "lowering.py", "transform.py")]
+    names = ("formats", "target", "config", "layout", "transform", "plan", "lowering", "build")
+    modules = [package / f"{name}.py" for name in names]
     modules += [path for room in ("expr", "schedule") for path in sorted((package / room).glob("*.py"))]
     digest = hashlib.sha256()
     for path in modules:
@@ -144,7 +145,18 @@ def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> None:
 def _linker(compiler: str) -> Callable[..., None]:
     def link(output: str, objects: list[str], **_options: object) -> None:
         shim = source_dir() / "cpu" / "parallel.c"
-        command = [compiler, "-shared", "-fPIC", "-O2", "-fopenmp", "-o", output, *objects, str(shim), "-lm"]
+        command = [
+            *shlex.split(compiler),
+            "-shared",
+            "-fPIC",
+            "-O2",
+            "-fopenmp",
+            "-o",
+            output,
+            *objects,
+            str(shim),
+            "-lm",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError("the C compiler could not link an operator", " ".join(command), done.stdout + done.stderr)

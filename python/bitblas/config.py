@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 from numbers import Integral
 
 from .errors import ConfigError, UnsupportedError
@@ -73,7 +73,8 @@ class MatmulConfig:
     out_dtype : str
         float16, bfloat16, float32; and, for int8 times an integer format, int32 or int8 (saturating).
     accum_dtype : str
-        float16, bfloat16, float32 or int32. Honoured or exceeded: floats are accumulated in float32, integers in int32.
+        float16, bfloat16, float32 or int32. Honoured or exceeded: floats are accumulated in float32, integers in int32, or in
+        int64 where K is so large that int32 could overflow, or in float64 beside scales and zeros.
     layout : str
         ``"nt"``: A is (M, K), weights are (N, K).
     with_bias : bool
@@ -110,11 +111,11 @@ class MatmulConfig:
     with_scaling: bool = False
     with_zeros: bool = False
     zeros_mode: str = "original"
-    storage_dtype: str = "int8"
-    fast_decoding: bool | None = None
-    propagate_a: object = None
-    propagate_b: object = None
-    optimize_stratety: object = None
+    storage_dtype: str = field(default="int8", compare=False)
+    fast_decoding: bool | None = field(default=None, compare=False)
+    propagate_a: object = field(default=None, compare=False)
+    propagate_b: object = field(default=None, compare=False)
+    optimize_stratety: object = field(default=None, compare=False)
     bias: InitVar[bool | None] = None
 
     def __post_init__(self, bias: bool | None) -> None:
@@ -132,7 +133,7 @@ class MatmulConfig:
             "W_dtype": parse_format(a_dtype if self.W_dtype is None else self.W_dtype).name,
             "out_dtype": _dtype_name("out_dtype", self.out_dtype, OUT_DTYPES),
             "accum_dtype": _dtype_name("accum_dtype", self.accum_dtype, ACCUM_DTYPES),
-            "with_bias": _flag("with_bias", self.with_bias) or _flag("bias", bias),
+            "with_bias": self._bias(bias),
             "with_scaling": _flag("with_scaling", self.with_scaling),
             "with_zeros": _flag("with_zeros", self.with_zeros),
             "group_size": -1 if self.group_size is None else self.group_size,
@@ -146,6 +147,12 @@ class MatmulConfig:
             raise UnsupportedError(
                 f"layout {self.layout!r} is not built yet; use 'nt' (A is (M, K), weights are (N, K))"
             )
+
+    def _bias(self, bias: bool | None) -> bool:
+        with_bias = _flag("with_bias", self.with_bias)
+        if with_bias and bias is not None and not _flag("bias", bias):
+            raise ConfigError("bias is False, but with_bias is True: they are two names of one thing")
+        return with_bias or _flag("bias", bias)
 
     def _check_dtypes(self) -> None:
         if self.out_dtype in _INTEGER_DTYPES and not self.integer_products:
@@ -221,6 +228,17 @@ class MatmulConfig:
         return (not self.with_scaling or self.num_groups == 1) and (not self.with_zeros or self.zeros_packed)
 
     @property
+    def sum_dtype(self) -> str:
+        """Dtype in which chunks of k are summed: one that holds sums of integers exactly, float32 for the rest."""
+        if not self.integer_products:
+            return "float32"
+        if not self.integer_accumulation:
+            return "float64"
+        low, high = self.format.value_range
+        largest = self.K * 128 * (max(-low, high) + (high if self.zeros_packed else 0))
+        return "int32" if largest < 1 << 31 else "int64"
+
+    @property
     def scale_dtype(self) -> str:
         """Dtype in which scale and zeros reach the kernel; for an int8 A other floats are converted to it."""
         return "float32" if self.A_dtype == "int8" else self.A_dtype
@@ -234,10 +252,9 @@ class MatmulConfig:
 
     def fields(self) -> dict[str, object]:
         """All that shapes the result, as JSON values: what an artifact's key is made of."""
-        hints = {"storage_dtype", "fast_decoding", "propagate_a", "propagate_b", "optimize_stratety"}
         return {
             f.name: list(v) if isinstance(v, tuple) else v
             for f in fields(self)
-            if f.name not in hints
+            if f.compare
             for v in (getattr(self, f.name),)
         }

@@ -159,6 +159,16 @@ ALIASES: dict[str, str] = {
 }
 
 
+def _meant(text: str) -> str:
+    """What a misspelt name may have meant, for an error."""
+    from thefuzz import process  # only here: nobody who spells well pays for it
+
+    digits = [c for c in text if c.isdigit()]
+    names = [name for name in (*FORMATS, *ALIASES) if [c for c in name if c.isdigit()] == digits]
+    found = process.extractOne(text, names, score_cutoff=75) if names else None
+    return f". Did you mean {found[0]!r}?" if found else ""
+
+
 def parse_format(name: object, argument: str = "W_dtype") -> DataFormat:
     """Return the format called `name`.
 
@@ -177,5 +187,5 @@ def parse_format(name: object, argument: str = "W_dtype") -> DataFormat:
     text = str(name).removeprefix("torch.")
     row = FORMATS.get(ALIASES.get(text, text))
     if row is None:
-        raise ConfigError(f"{argument} is {name!r}, which is no format; allowed: {', '.join(FORMATS)}")
+        raise ConfigError(f"{argument} is {name!r}, which is no format; allowed: {', '.join(FORMATS)}{_meant(text)}")
     return row

@@ -16,7 +16,11 @@ _WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 def code_dtype(fmt: DataFormat) -> torch.dtype:
     """The dtype in which codes of `fmt` are handed to `pack`: uint8, or for wider formats int16 and int32."""
-    return _WORD_DTYPES[max(1, fmt.bits // 8)]
+    return _code_dtype(fmt.bits)
+
+
+def _code_dtype(bits: int) -> torch.dtype:
+    return _WORD_DTYPES[max(1, bits // 8)]
 
 
 def encode(values: torch.Tensor, fmt: DataFormat, argument: str = "w") -> torch.Tensor:
@@ -146,8 +150,7 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         size = packed.numel() * packed.element_size()
         raise ArgumentError(f"packed weights have {size} bytes; this layout has {layout.num_bytes}")
     flat = packed.contiguous().view(torch.uint8).view(-1)
-    dtype = _WORD_DTYPES[max(1, layout.bits // 8)]
-    codes = torch.empty((layout.N, layout.K), dtype=dtype, device=packed.device)
+    codes = torch.empty((layout.N, layout.K), dtype=_code_dtype(layout.bits), device=packed.device)
     for first in range(0, layout.N, _BLOCK_ROWS):
         block = codes[first : first + _BLOCK_ROWS]
         if layout.name == "packed":

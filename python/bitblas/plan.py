@@ -13,6 +13,8 @@ from .target import Target
 
 #: Kernels index weights with 32 bits.
 MAX_WEIGHT_BYTES = 1 << 31
+#: … and activations and outputs, of which they compute a tile of rows at once.
+MAX_SIDE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class MatmulPlan:
         }
 
     @property
+    def largest_block_m(self) -> int:
+        """Rows that a kernel computes beyond M at most."""
+        return max(kernel.tiling.block_m for kernel in self.kernels)
+
+    @property
     def buckets(self) -> list[tuple[int, str]]:
         """(bucket, kernel name), ascending: m takes the first bucket that is not smaller, beyond them the last."""
         return sorted((m, kernel.name) for kernel in self.kernels for m in kernel.buckets)
@@ -87,6 +94,8 @@ def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling
         No rule serves a bucket, or the weights have 2^31 bytes and more.
     """
     layout = PackedLayout.native(config.N, config.K, config.format)
+    if max(config.N, config.K) >= MAX_SIDE:
+        raise UnsupportedError(f"N = {config.N}, K = {config.K}: kernels take at most {MAX_SIDE - 1} of each")
     if layout.num_bytes >= MAX_WEIGHT_BYTES:
         raise UnsupportedError(
             f"weights of {config.N} x {config.K} {config.W_dtype} have {layout.num_bytes} bytes; kernels index fewer than "

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     import tvm
 
 #: Kernels index with 32 bits: no matrix that they walk by rows may have this many elements.
-MAX_ELEMENTS = (1 << 31) - (1 << 24)
-#: Rows of a slab are a multiple of this, so that only the last one has a tail.
-_SLAB_MULTIPLE = 64
+MAX_ELEMENTS = 1 << 31
 
 
 class Kernels:
@@ -28,54 +26,44 @@ class Kernels:
     ----------
     module : object
         A loaded tvm_ffi module, or a TVM executable.
-    buckets : sequence of (int, str)
-        (bucket, function name), ascending.
-    slab : int
-        Rows that one launch computes at most.
+    buckets : sequence of (int, str, int)
+        (bucket, function name, rows that one launch of it computes at most), ascending.
     """
 
-    def __init__(self, module: object, buckets: Sequence[tuple[int, str]], slab: int) -> None:
+    def __init__(self, module: object, buckets: Sequence[tuple[int, str, int]]) -> None:
         self.module = module
-        self._slab = slab
+        self._limits = [m for m, _, _ in buckets]
+        found = {name: module[name] for _, name, _ in buckets}  # type: ignore[index]
+        self._functions: list[tuple[Callable[..., None], int]] = [(found[name], slab) for _, name, slab in buckets]
         self._last = len(buckets) - 1
-        self._limits = [m for m, _ in buckets]
-        found = {name: module[name] for _, name in buckets}  # type: ignore[index]
-        self._functions: list[Callable[..., None]] = [found[name] for _, name in buckets]
 
     def launch(self, m: int, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Compute `out` (m, N) from A (m, K), the first of `operands`; all contiguous, and checked before.
 
-        m takes the nearest bucket that is not smaller, beyond the largest that one; more rows than a slab
-        are computed slab by slab.
+        m takes the nearest bucket that is not smaller, beyond the largest that one; more rows than a slab are computed in
+        slabs of equal size.
         """
-        if m <= self._slab:
-            self._functions[min(bisect_left(self._limits, m), self._last)](*operands, out)
+        function, slab = self._functions[min(bisect_left(self._limits, m), self._last)]
+        if m <= slab:
+            function(*operands, out)
             return
         a, *rest = operands
-        for first in range(0, m, self._slab):
-            last = min(first + self._slab, m)
-            self.launch(last - first, [a[first:last], *rest], out[first:last])
+        step = -(-m // -(-m // slab))
+        for first in range(0, m, step):
+            function(a[first : first + step], *rest, out[first : first + step])
 
 
 def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
-    """Load the CPU library that was built from `plan`.
-
-    Raises
-    ------
-    UnsupportedError
-        This machine cannot run code for the plan's target.
-    """
-    plan.target.check_runnable()
+    """Load the CPU library that was built from `plan`, for a target that this machine can run."""
     return _kernels(tvm_ffi.load_module(str(library)), plan)
 
 
 def wrap_executable(executable: tvm.runtime.Executable, plan: MatmulPlan) -> Kernels:
     """Use kernels that TVM has just compiled in memory."""
-    plan.target.check_runnable()
     return _kernels(executable.jit(), plan)
 
 
 def _kernels(module: object, plan: MatmulPlan) -> Kernels:
-    indexable = MAX_ELEMENTS // max(plan.config.N, plan.config.K) // _SLAB_MULTIPLE * _SLAB_MULTIPLE
-    slabs = [kernel.tiling.slab_m for kernel in plan.kernels if kernel.tiling.slab_m]
-    return Kernels(module, plan.buckets, min([max(1, indexable), *slabs]))
+    indexable = max(1, MAX_ELEMENTS // max(plan.config.N, plan.config.K) - plan.largest_block_m)
+    slabs = {kernel.name: min(kernel.tiling.slab_m or indexable, indexable) for kernel in plan.kernels}
+    return Kernels(module, [(m, name, slabs[name]) for m, name in plan.buckets])

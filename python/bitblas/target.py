@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -201,25 +201,35 @@ def _parse(text: str) -> dict[str, object]:
 
 def _from_spec(spec: dict[str, object], given: object) -> Target:
     kind = str(spec.get("kind", ""))
+    unknown = set(spec) - {"kind", "mcpu", "mattr", "keys", "tag", "device", "num-cores", "host"}
+    if unknown and kind not in ("cuda",):
+        raise ConfigError(f"target is {given!r}: {', '.join(sorted(unknown))} is not understood; allowed: mcpu, mattr")
     if kind in _CPUS:
-        return Target("llvm", platform.machine(), kind)
+        spec, kind = {**spec, "mcpu": kind}, "llvm"
     if kind == "cuda" or kind.startswith("nvidia/"):
         raise UnsupportedError(f"target is {given!r}: CUDA kernels are not built yet; allowed: llvm")
     if kind != "llvm":
         raise ConfigError(
             f"target is {given!r}; allowed: llvm, optionally with -mcpu and -mattr, or one of {', '.join(_CPUS)}"
         )
-    mattr = spec.get("mattr") or ()
-    mattr = tuple(mattr.split(",") if isinstance(mattr, str) else (str(a) for a in mattr))  # type: ignore[attr-defined]
-    for attribute in mattr:
-        if attribute[:1] not in "+-" or len(attribute) < 2:
-            raise ConfigError(f"target is {given!r}: the feature {attribute!r} must begin with + or -")
+    mattr = _mattr(spec.get("mattr") or (), given)
     mcpu = str(spec.get("mcpu") or "")
     if mcpu in ("", "native"):
         host = host_target()
         return Target("llvm", host.arch, host.mcpu, (*host.mattr, *mattr))
     _cpu_features(mcpu)  # refuses an unknown CPU here, where LLVM would end the process
     return Target("llvm", platform.machine(), mcpu, mattr)
+
+
+def _mattr(value: object, given: object) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, Iterable):
+        raise ConfigError(f"target is {given!r}: mattr is {value!r}; it must be a list of features")
+    found = tuple(str(name) for name in names)
+    for name in found:
+        if name[:1] not in ("+", "-") or len(name) < 2:
+            raise ConfigError(f"target is {given!r}: the feature {name!r} must begin with + or -")
+    return found
 
 
 @cache

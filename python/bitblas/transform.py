@@ -9,7 +9,7 @@ from tvm import tirx
 
 from .config import MatmulConfig
 from .layout import PackedLayout
-from .schedule import Problem, ScheduleRule, Tiling, find_rule, select_rule
+from .schedule import Problem, ScheduleRule, Tiling, select_rule
 from .target import Target, resolve_target
 
 #: The function attribute that says what a function computes.
@@ -34,9 +34,8 @@ def describe(func: tirx.PrimFunc, problem: Problem, rule: str, tiling: Tiling) -
 class ApplyDefaultSchedule:
     """Schedule each described function of a module by the first rule that takes it.
 
-    A function whose description names a rule among `rules` gets that rule and its tiling; others, which were built by
-    another list of rules, are selected anew, among the tilings with their block sizes. Functions without a description pass
-    through.
+    A function whose description names a rule among `rules` gets that rule, others the first rule that does not decline; the
+    tiling is the described one, which the function was built for. Functions without a description pass through.
 
     Parameters
     ----------
@@ -76,4 +75,4 @@ class ApplyDefaultSchedule:
         return rule.apply(func, problem, tiling).mod["main"]
 
 
-__all__ = ["PROBLEM_ATTR", "ApplyDefaultSchedule", "describe", "find_rule"]
+__all__ = ["PROBLEM_ATTR", "ApplyDefaultSchedule", "describe"]

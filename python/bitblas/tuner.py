@@ -1,4 +1,4 @@
-"""Candidates -> build -> measure -> record; what builds is handed in."""
+"""Candidates -> build -> measure -> record; what builds and what measures are handed in."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TunedBucket:
 
 
 def random_operands(config: MatmulConfig, layout: PackedLayout, m: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A (m, K), and the operands that a kernel takes after it, with random contents; W last varies by the caller."""
+    """A (m, K), and the operands that a kernel takes after it, with random contents."""
     generator = torch.Generator().manual_seed(0)
     if config.A_dtype == "int8":
         a = torch.randint(-127, 128, (m, config.K), dtype=torch.int8, generator=generator)
@@ -102,7 +102,11 @@ def measure(kernels: Kernels, config: MatmulConfig, layout: PackedLayout, m: int
 
 
 def tune(
-    config: MatmulConfig, target: Target, topk: int, build: Callable[[MatmulPlan], Kernels]
+    config: MatmulConfig,
+    target: Target,
+    topk: int,
+    build: Callable[[MatmulPlan], Kernels],
+    time_rows: Callable[[Kernels, int], float],
 ) -> dict[int, TunedBucket]:
     """Measure the first `topk` tilings of each bucket's rule and choose the fastest.
 
@@ -114,6 +118,8 @@ def tune(
         Candidates a bucket, at least 1.
     build : callable
         Turns a plan into kernels; a `BuildError` loses the candidate and not the run.
+    time_rows : callable
+        Measures kernels with a number of rows: seconds.
 
     Raises
     ------
@@ -126,7 +132,8 @@ def tune(
         problem = Problem(config, layout, target, m)
         candidates[m] = select_rule(RULES, problem).tilings(problem)[: max(1, topk)]
     found: dict[int, TunedBucket] = {}
-    with tqdm(total=sum(map(len, candidates.values())), desc=f"tuning {config.N}x{config.K} {config.W_dtype}") as bar:
+    total, what = sum(map(len, candidates.values())), f"tuning {config.N}x{config.K} {config.W_dtype}"
+    with tqdm(total=total, desc=what, disable=None) as bar:  # None: shown where there is a terminal
         for m, tilings in candidates.items():
             seconds = []
             for tiling in tilings:
@@ -136,7 +143,7 @@ def tune(
                 except BuildError as error:
                     get_logger().warning("tuning lost %s for m=%d: %s", tiling, m, error)
                 else:
-                    seconds.append((tiling, measure(kernels, config, layout, m)))
+                    seconds.append((tiling, time_rows(kernels, m)))
                 bar.update()
             if not seconds:
                 raise BuildError(f"tuning: none of {len(tilings)} tilings for m={m} could be built")
@@ -158,7 +165,8 @@ def save_record(config: MatmulConfig, target: Target, found: dict[int, TunedBuck
         "buckets": {m: row.fields() for m, row in found.items()},
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for directory in (path.parent.parent, path.parent):  # each as private as the store asks
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(record, file, indent=1)
         Path(file.name).replace(path)
@@ -174,6 +182,6 @@ def load_record(config: MatmulConfig, target: Target) -> dict[int, Tiling] | Non
         return {int(m): Tiling(**row["tiling"]) for m, row in buckets.items()}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         get_logger().warning("the tuning record %s is not readable and is ignored: %s", path, error)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .workload import Workload, draw_workload
 #: Bytes that the copies of one candidate's weight may take at most, and the part of the free memory for all of them.
 MEMORY_CAP, MEMORY_PART = 1 << 30, 1 / 4
 OURS = "bitblas"
+#: More threads than this for each CPU are a slip of the pen.
+_THREADS_PER_CPU = 16
 
 #: How far a dense result may be from the reference, over its root mean square, by dtype.
 _LIMITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -43,6 +46,9 @@ def use_threads(threads: int | None) -> Iterator[int]:
     if threads is not None:
         if threads < 1:
             raise ArgumentError(f"threads is {threads}; it must be at least 1")
+        most = _THREADS_PER_CPU * (os.cpu_count() or 1)
+        if threads > most:
+            raise ArgumentError(f"threads is {threads}; this machine has use for at most {most}")
         torch.set_num_threads(threads)
     try:
         yield torch.get_num_threads()

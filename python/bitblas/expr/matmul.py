@@ -42,7 +42,8 @@ class MatmulExpr:
         accumulate[i, n]    = Σ_c (matmul[i, n, c] - row_sum[i, c] · zero[g(c), n]) · scale[g(c), n]
         epilogue[i, n]      = out_dtype(accumulate[i, n] + bias[n])
 
-    (rescale: matmul · scale - row_sum · zero. Pure integer sums: int32(matmul) - int32(row_sum · zero), scaled at the end.)
+    (rescale: matmul · scale - row_sum · zero.) Chunks are summed in `config.sum_dtype`; pure integer sums
+    are scaled at the end.
 
     Attributes
     ----------
@@ -54,7 +55,8 @@ class MatmulExpr:
         Rows, and blocks of 16 columns, are computed in multiples of these; what lies beyond M and N repeats the last row
         and column and is not stored.
     chunk : int
-        How many consecutive k are summed in float32 before a group's scale, or int32, takes over; divides the group.
+        How many consecutive k are summed in float32 before a group's scale, or the sum of chunks, takes over. Divides the
+        group; where there is one group the last chunk may reach beyond K, with activations of 0.
     """
 
     config: MatmulConfig
@@ -67,6 +69,11 @@ class MatmulExpr:
     def whole_words(self) -> bool:
         """Whether a chunk begins and ends with a word of the lane layout."""
         return self.chunk % UNIT == 0
+
+    @property
+    def padded_k(self) -> int:
+        """K, rounded up to whole chunks."""
+        return _round_up(self.config.K, self.chunk)
 
     @property
     def padded_n(self) -> int:
@@ -91,11 +98,17 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     arguments = [A, W]
 
-    activation = te.compute((rows, cfg.K), lambda i, k: A[te.min(i, m - 1), k].astype("float32"), name="activation")
+    def activate(i: Expr, k: Expr) -> Expr:
+        row = te.min(i, m - 1)
+        if expr.padded_k == cfg.K:
+            return A[row, k].astype("float32")
+        return tirx.Select(k < cfg.K, A[row, te.min(k, cfg.K - 1)].astype("float32"), tirx.const(0.0, "float32"))
+
+    activation = te.compute((rows, expr.padded_k), activate, name="activation")
     decoded = _decoded(expr, W)
     kk = te.reduce_axis((0, chunk), name="kk")
     partial = te.compute(
-        (rows, columns, cfg.K // chunk),
+        (rows, columns, expr.padded_k // chunk),
         lambda i, n, c: te.sum(activation[i, c * chunk + kk] * decoded[c * chunk + kk, n], axis=kk),
         name="matmul",
     )
@@ -108,14 +121,14 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     accumulated = _accumulate(expr, rows, partial, row_sum, scale, zero)
 
     def epilogue(i: Expr, n: Expr) -> Expr:
-        value, integer = accumulated[i, n], cfg.integer_accumulation
-        if integer and scale is not None:
-            value, integer = value.astype("float32") * scale[0, n], False
+        value, dtype = accumulated[i, n], cfg.sum_dtype
+        if cfg.integer_accumulation and scale is not None:
+            value, dtype = value.astype("float32") * scale[0, n], "float32"
         if bias is not None:
-            integer = integer and cfg.bias_dtype == "int32"
-            wide = "int64" if integer else "float32"  # so that an int32 sum saturates instead of wrapping
-            value = value.astype(wide) + bias[n].astype(wide)
-        return _store_as(value, integer, cfg.with_bias, cfg.out_dtype)
+            if dtype == "int32":  # so that the sum saturates instead of wrapping
+                dtype = "int64" if cfg.bias_dtype == "int32" else "float32"
+            value = value.astype(dtype) + bias[n].astype(dtype)
+        return _store_as(value, dtype, cfg.out_dtype)
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
@@ -127,14 +140,18 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     cfg, layout, fmt = expr.config, expr.layout, expr.config.format
     if layout.name == "packed":
         unpacked = te.compute(
-            (cfg.K, expr.padded_n), lambda k, n: _row_code(layout, W, _column(expr, n), k), name="unpack"
+            (expr.padded_k, expr.padded_n),
+            lambda k, n: _row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
+            name="unpack",
         )
     else:
         words = [_words(expr, W, index) for index in range(len(layout.planes))]
         unpacked = te.compute(
-            (cfg.K, expr.padded_n), lambda k, n: _lane_code(layout, words, expr.whole_words, n, k), name="unpack"
+            (expr.padded_k, expr.padded_n),
+            lambda k, n: _lane_code(layout, words, expr.whole_words, n, k),
+            name="unpack",
         )
-    return te.compute((cfg.K, expr.padded_n), lambda k, n: decode(fmt, unpacked[k, n]), name="decode")
+    return te.compute((expr.padded_k, expr.padded_n), lambda k, n: decode(fmt, unpacked[k, n]), name="decode")
 
 
 def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
@@ -150,10 +167,13 @@ def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
         if expr.padded_n != cfg.N:
             block = te.min(block, cfg.N // LANES - 1)
         u = u if expr.whole_words else u // plane.codes_per_word
+        if expr.padded_k != cfg.K:
+            u = te.min(u, per_lane - 1)
         first = plane.offset + ((block * per_lane + u) * LANES + n % LANES) * plane.word_bytes
         return join_bytes([W[first + j] for j in range(plane.word_bytes)])
 
-    return te.compute((per_lane if expr.whole_words else cfg.K, expr.padded_n), word, name=f"words{index}")
+    words_along_k = expr.padded_k // (plane.codes_per_word if expr.whole_words else 1)
+    return te.compute((words_along_k, expr.padded_n), word, name=f"words{index}")
 
 
 def join_bytes(parts: list[Expr]) -> Expr:
@@ -231,7 +251,7 @@ def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
 
 def _row_sum(expr: MatmulExpr, activation: te.Tensor, rows: Expr) -> te.Tensor:
     """Σ of a chunk of a row; over 16 lanes first, where it divides, because a float sum may not be reordered later."""
-    chunk, chunks = expr.chunk, expr.config.K // expr.chunk
+    chunk, chunks = expr.chunk, expr.padded_k // expr.chunk
     if chunk % LANES:
         k = te.reduce_axis((0, chunk), name="k")
         return te.compute((rows, chunks), lambda i, c: te.sum(activation[i, c * chunk + k], axis=k), name="row_sum")
@@ -256,40 +276,43 @@ def _accumulate(
     """Sum the chunks of the reduction, each with the zero point and the scale of its group."""
     cfg = expr.config
     groups = cfg.num_groups if cfg.is_grouped else 1
-    chunks_per_group = cfg.K // groups // expr.chunk
-    c = te.reduce_axis((0, cfg.K // expr.chunk), name="c")
+    chunks_per_group = expr.padded_k // groups // expr.chunk
+    c = te.reduce_axis((0, expr.padded_k // expr.chunk), name="c")
 
     def term(i: Expr, n: Expr) -> Expr:
         value, g = partial[i, n, c], c // chunks_per_group if groups > 1 else 0
-        shift = row_sum[i, c] * zero[g, n] if zero is not None and row_sum is not None else None
+        shift, dtype = None, cfg.sum_dtype
         if cfg.integer_accumulation:
-            value = value.astype("int32")
-            return value if shift is None else value - shift.astype("int32")
+            value = value.astype(dtype)
+            if zero is None or row_sum is None:
+                return value
+            return value - (row_sum[i, c] * zero[g, n]).astype(dtype)
+        value = value.astype(dtype)
+        if zero is not None and row_sum is not None:
+            shift = row_sum[i, c].astype(dtype) * zero[g, n].astype(dtype)
         if shift is not None and (cfg.zeros_mode != "rescale" or scale is None):
             value = value - shift
-        value = value * scale[g, n] if scale is not None else value
+        value = value * scale[g, n].astype(dtype) if scale is not None else value
         return value - shift if shift is not None and cfg.zeros_mode == "rescale" and scale is not None else value
 
     return te.compute((rows, expr.padded_n), lambda i, n: te.sum(term(i, n), axis=c), name="accumulate")
 
 
-def _store_as(value: Expr, integer: bool, biased: bool, dtype: str) -> Expr:
-    """Convert the accumulated value, int32 (int64 once a bias is added) or float32.
+def _store_as(value: Expr, dtype: str, out_dtype: str) -> Expr:
+    """Convert the accumulated `value` of `dtype`.
 
-    Integers round to nearest, ties to even, and saturate.
+    Integers round to nearest, ties to even, and saturate; a NaN stays one.
     """
-    if dtype not in ("int8", "int32"):
-        return value.astype(dtype)
-    low, high = (-128, 127) if dtype == "int8" else (-(2**31), 2**31 - 1)
-    if integer:
-        wide = "int64" if biased else "int32"
-        if dtype == "int32" and not biased:
-            return value
-        return te.max(te.min(value, tirx.const(high, wide)), tirx.const(low, wide)).astype(dtype)
-    rounded = tirx.nearbyint(value)
-    # 2^31 - 1 is no float32; the largest below is 2^31 - 128
-    top = tirx.const(float(high) if dtype == "int8" else 2147483520.0, "float32")
-    whole = te.max(te.min(rounded, top), tirx.const(float(low), "float32")).astype("int32")
-    if dtype == "int8":
-        return whole.astype("int8")
-    return tirx.Select(rounded > top, tirx.const(high, "int32"), whole)
+    if out_dtype == "bfloat16":  # rounding a NaN whose bits are all ones would carry into the sign
+        value = value.astype("float32")
+        nan = tirx.reinterpret("float32", tirx.const(0x7FC00000, "int32"))
+        return tirx.Select(tirx.isnan(value), nan, value).astype(out_dtype)
+    if out_dtype not in ("int8", "int32") or dtype == out_dtype:
+        return value.astype(out_dtype)
+    low, high = (-128, 127) if out_dtype == "int8" else (-(2**31), 2**31 - 1)
+    if dtype.startswith("int"):
+        return te.max(te.min(value, tirx.const(high, dtype)), tirx.const(low, dtype)).astype(out_dtype)
+    # in float64 both ends are exact
+    rounded = tirx.nearbyint(value.astype("float64"))
+    whole = te.max(te.min(rounded, tirx.const(float(high), "float64")), tirx.const(float(low), "float64"))
+    return whole.astype("int32").astype(out_dtype)

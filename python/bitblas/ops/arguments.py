@@ -61,6 +61,7 @@ class Operand:
             and tensor.is_cpu
             and tensor.layout is _STRIDED
             and tensor.is_contiguous()
+            and not tensor.is_neg()
         )
 
     def convert(self, tensor: torch.Tensor | None) -> torch.Tensor:
@@ -75,7 +76,7 @@ class Operand:
             tensor = tensor.unsqueeze(1)
         if tensor.shape != self.shape:
             raise ArgumentError(f"{self.name} has shape {tuple(tensor.shape)}; expected {self.shape}")
-        tensor = tensor.detach().contiguous()
+        tensor = tensor.detach().resolve_neg().contiguous()
         if tensor.dtype is self.dtype:
             return tensor
         if self.dtype is torch.int8:  # bytes
@@ -143,12 +144,18 @@ class Door:
             and A.dtype is self._a_dtype
             and A.is_cpu
             and A.layout is _STRIDED
-            and A.dim() == 2
             and A.is_contiguous()
+            and not A.is_neg()
         ):
-            m, k = A.shape
-            if k == self._k and (self._static_m is None or self._static_m == m):
-                return A, m, (m, self._n)
+            shape = A.shape
+            if len(shape) == 2:
+                m, k = shape
+                if k == self._k and (self._static_m is None or self._static_m == m):
+                    return A, m, (m, self._n)
+            elif shape and shape[-1] == self._k:
+                m = A.numel() // self._k
+                if self._static_m is None or self._static_m == m:
+                    return A.view(m, self._k), m, (*shape[:-1], self._n)
         return self._activation_slowly(A)
 
     def _activation_slowly(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
@@ -163,7 +170,7 @@ class Door:
             raise ArgumentError(
                 f"A has shape {tuple(shape)}, {rows} rows; this operator was built for M = {self._static_m}"
             )
-        A = A.detach()
+        A = A.detach().resolve_neg()
         if len(shape) != 2:
             A = A.reshape(rows, self._k)
         return A.contiguous(), rows, (*shape[:-1], self._n)
@@ -205,6 +212,8 @@ class Door:
             raise ArgumentError(f"output has shape {tuple(output.shape)}; expected {shape}")
         if not output.is_contiguous():
             raise ArgumentError(f"output has strides {output.stride()}; it must be contiguous")
+        if output.is_neg():
+            raise ArgumentError("output is a negated view; it must be a plain tensor")
         if output.requires_grad and torch.is_grad_enabled():
             raise ArgumentError("output requires a gradient; give a tensor that does not, or none")
         if any(_overlap(output, tensor) for tensor in inputs):
@@ -214,7 +223,10 @@ class Door:
 
 def _weight_operand(config: MatmulConfig, shape: tuple[int, ...]) -> Operand:
     fmt = config.format
-    allowed: dict[torch.dtype, None] = {} if fmt.is_native else {torch.int8: None, torch.uint8: None}
+    if fmt.is_native:  # the kernel takes the bytes, whatever they are called
+        dtype = getattr(torch, fmt.torch_name)
+        return Operand("W", shape, (dtype,), dtype)
+    allowed = {torch.int8: None, torch.uint8: None}
     if fmt.torch_name:
         allowed[getattr(torch, fmt.torch_name)] = None
     return Operand("W", shape, tuple(allowed), torch.int8)

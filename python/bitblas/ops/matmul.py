@@ -42,7 +42,7 @@ class Matmul:
     enable_tuning : bool
         Use a stored tuning record where there is one. Construction never measures.
     from_database : bool
-        Load from the operator database only; what is not there is built at the first call.
+        Load and build nothing now: the first call loads, or builds what is not there.
     backend : str
         ``"tl"`` or ``"tir"``: accepted for compatibility, both mean the same.
 
@@ -114,8 +114,8 @@ class Matmul:
         Parameters
         ----------
         weight : torch.Tensor
-            (N, K): codes 0 .. 2^b - 1 of uint and codebook formats in any dtype, values of int formats (int1: -1 and 1),
-            torch.float8 tensors or their bytes, or floating-point weights of native dtypes.
+            (N, K): codes 0 .. 2^b - 1 of uint and codebook formats, values of int formats (int1: -1 and 1), both in any dtype
+            of numbers; torch.float8 tensors or their bytes, or floating-point weights of native dtypes.
         scale, zeros, bias : torch.Tensor, optional
             Accepted and left as they are: they are handed over at each call.
 
@@ -264,12 +264,14 @@ class Matmul:
         dict
             By bucket: the chosen tiling's fields and the median seconds of each candidate.
         """
-        if target is not None:
-            self.target = resolve_target(target)
-        found = tuner.tune(self.config, self.target, topk, lambda plan: provide(plan).kernels)
-        tuner.save_record(self.config, self.target, found)
+        if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+            raise ArgumentError(f"topk is {topk!r}; it must be an integer of at least 1")
+        chosen = self.target if target is None else resolve_target(target)
+        found = tuner.tune(self.config, chosen, topk, lambda plan: provide(plan).kernels, self._time_rows)
+        tuner.save_record(self.config, chosen, found)
         with self._lock:
-            self.plan = plan_matmul(self.config, self.target, {m: row.tiling for m, row in found.items()})
+            self.target = chosen
+            self.plan = plan_matmul(self.config, chosen, {m: row.tiling for m, row in found.items()})
             self._provided = provide(self.plan)
             self._kernels = self._provided.kernels
         return {m: row.fields() for m, row in found.items()}
@@ -283,7 +285,14 @@ class Matmul:
             ``{"m": rows}``.
         """
         m = (dynamic_symbolic_constraints or {}).get("m", self.config.buckets[-1])
-        return tuner.measure(self._provide(), self.config, self.layout, m) * 1e3
+        if isinstance(m, bool) or not isinstance(m, int) or m < 1:
+            raise ArgumentError(f"m is {m!r}; it must be an integer of at least 1")
+        if not self.config.is_dynamic and m != self.config.M:
+            raise ArgumentError(f"m is {m}; this operator was built for M = {self.config.M}")
+        return self._time_rows(self._provide(), m) * 1e3
+
+    def _time_rows(self, kernels: Kernels, m: int) -> float:
+        return tuner.measure(kernels, self.config, self.layout, m)
 
     @property
     def lib(self) -> object:
@@ -299,12 +308,12 @@ class Matmul:
         self._provide()
         return _text(self._provided.source)  # type: ignore[union-attr]
 
-    @cached_property
+    @property
     def prim_func(self) -> tirx.PrimFunc:
         """The unscheduled function of the largest bucket; printing it shows its script. Imports TVM."""
         return expression_module(self.plan)[self.plan.buckets[-1][1]]
 
-    @cached_property
+    @property
     def scheduled_ir_module(self) -> tvm.IRModule:
         """The scheduled functions of all buckets. Imports TVM."""
         return scheduled_module(self.plan)
@@ -342,10 +351,16 @@ class Matmul:
 
     @cached_property
     def lut(self) -> torch.Tensor | None:
-        """The 16 values of nf4 in A_dtype; None for other formats."""
+        """The 16 values of nf4, in the dtype of scales; None for other formats."""
         if self.config.W_dtype != "nf4":
             return None
         return torch.tensor(self.config.format.codebook, dtype=getattr(torch, self.config.scale_dtype))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Matmul, (self.config, self.name, self.target, True, self._provided is None, self.backend)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Matmul:
+        return self  # it holds no state that a copy could change
 
     def __repr__(self) -> str:
         return f"Matmul({self.config!r}, target={str(self.target)!r})"

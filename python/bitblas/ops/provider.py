@@ -15,6 +15,8 @@ from ..logs import get_logger, warn_once
 from ..plan import MatmulPlan
 from ..runtime import Kernels, load_kernels, wrap_executable
 
+#: What was compiled without a linker, by key.
+_in_memory: dict[str, Provided] = {}
 _stores: dict[Path, ArtifactStore] = {}
 _stores_lock = threading.Lock()
 
@@ -65,19 +67,22 @@ def provide(plan: MatmulPlan) -> Provided:
         TVM is missing where something has to be compiled, or a compiler failed.
     ArtifactError
         Others may write the store.
+    UnsupportedError
+        This machine cannot run code for the plan's target.
     """
     began = time.perf_counter()
+    plan.target.check_runnable()
     key, target_store = plan_key(plan), store()
     artifact, origin = target_store.load(key) or _load_of_any_compiler(plan, target_store), "loaded"
     if artifact is None:
         compiler = find_compiler()
         if compiler is None:
-            return _compile_in_memory(plan, began)
+            return _compile_in_memory(plan, key, began)
 
         def build(staging: Path) -> Mapping[str, object]:
             get_logger().info("building %s for buckets %s on %s into %s", *_describe(plan), target_store.root)
             build_library(plan, staging, compiler)
-            return {"library": LIBRARY, "plan": plan.fields(), "toolchain": toolchain()}
+            return {"library": LIBRARY, "plan": plan.fields(), "toolchain": toolchain(), "linker": compiler}
 
         artifact, built = target_store.get_or_build(key, build)
         origin = "compiled" if built else "loaded"
@@ -99,7 +104,9 @@ def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Arti
     return None
 
 
-def _compile_in_memory(plan: MatmulPlan, began: float) -> Provided:
+def _compile_in_memory(plan: MatmulPlan, key: str, began: float) -> Provided:
+    if key in _in_memory:
+        return _in_memory[key]
     warn_once(
         "no C compiler",
         "there is no C compiler (cc, gcc or clang) to link compiled operators with: they are compiled in memory by every "
@@ -107,7 +114,9 @@ def _compile_in_memory(plan: MatmulPlan, began: float) -> Provided:
     )
     executable, script = compile_plan(plan)
     kernels = wrap_executable(executable, plan)
-    return Provided(kernels, "in memory", time.perf_counter() - began, executable.mod.inspect_source("ll"), script)
+    source = executable.mod.inspect_source("ll")
+    _in_memory[key] = Provided(kernels, "in memory", time.perf_counter() - began, source, script)
+    return _in_memory[key]
 
 
 def _describe(plan: MatmulPlan) -> tuple[str, str, str]:

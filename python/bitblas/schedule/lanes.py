@@ -94,7 +94,7 @@ class _Nest:
             row, k = sch.get_loops(block)
             # an odd number of cache lines a row: rows that are a power of two apart would share the sets of a cache
             sch.storage_align(block, 0, axis=0, factor=2 * LINE_FLOATS, offset=LINE_FLOATS)
-            width = math.gcd(self.config.K, LANES)
+            width = math.gcd(-(-self.config.K // self.chunk) * self.chunk, LANES)
             if width > 1:
                 sch.vectorize(sch.split(k, [None, width])[1])
             if many:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ..config import MatmulConfig
 from ..errors import UnsupportedError
-from ..layout import LANES, PackedLayout
+from ..layout import LANES, UNIT, PackedLayout
 from ..target import Target
 
 if TYPE_CHECKING:
@@ -60,16 +61,20 @@ class Tiling:
         return asdict(self)
 
     def chunk(self, config: MatmulConfig) -> int:
-        """How many consecutive k are summed at once: a divisor of the group."""
+        """How many consecutive k are summed at once: a divisor of the group, or of a multiple of K where there is one group."""
         group = config.group if config.is_grouped else config.K
-        if config.integer_products:  # exactness comes before speed
-            return _largest_divisor(group, min(EXACT_INT8_TERMS, self.chunk_k or EXACT_INT8_TERMS))
-        found = _largest_divisor(group, self.chunk_k or group)
-        return found if found >= min(_SHORTEST_CHUNK, group) else group
+        limit = min(self.chunk_k or group, EXACT_INT8_TERMS if config.integer_products else group)
+        found = _largest_divisor(group, limit)
+        if found >= min(_SHORTEST_CHUNK, group):
+            return found
+        if config.integer_products:  # exactness comes before speed; a single group may end with a part of a chunk
+            return found if group < config.K else -(-group // -(-group // limit) // UNIT) * UNIT
+        return group
 
 
 def _largest_divisor(value: int, limit: int) -> int:
-    return max(d for d in range(1, min(value, limit) + 1) if value % d == 0)
+    small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return max(d for d in (*small, *(value // d for d in small)) if d <= limit)
 
 
 @dataclass(frozen=True)

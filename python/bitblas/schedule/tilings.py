@@ -37,7 +37,7 @@ def decode_to_panel(problem: Problem, shapes: list[Shape]) -> list[Tiling]:
     """Tilings that decode weights once for all rows; shapes that leave less of the last tiles empty come first."""
     shapes = sorted(shapes, key=lambda shape: _padded_work(problem, *shape))
     tilings = _tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=PANEL_K, panel=True))
-    return [replace(tiling, slab_m=SLAB_M // tiling.block_m * tiling.block_m) for tiling in tilings]
+    return [replace(tiling, slab_m=-(-SLAB_M // tiling.block_m) * tiling.block_m) for tiling in tilings]
 
 
 def _padded_work(problem: Problem, rows: int, blocks: int) -> int:

@@ -41,12 +41,29 @@ def test_avx512_table(name):
     assert torch.equal(meaning, torch.tensor([fmt.code_values[i % (1 << fmt.bits)] for i in range(16)]))
 
 
+@pytest.mark.parametrize("width", [2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows_ahead", [0, 128])
+def test_transpose_lanes(width, dtype, rows_ahead):
+    from tvm.s_tir import TensorIntrin
+
+    from bitblas.schedule.intrinsics import transpose_lanes
+
+    name = transpose_lanes(str(dtype).removeprefix("torch."), width, rows_ahead)
+    scales = torch.randn(16, width).to(dtype)
+    for func in (TensorIntrin.get(name).desc, TensorIntrin.get(name).impl):
+        out = torch.zeros(width, 16)
+        run(func, scales, out)
+        assert torch.equal(out, scales.float().t())
+
+
 @pytest.mark.parametrize("word_bytes", [1, 2, 4])
-def test_load_words(word_bytes):
+@pytest.mark.parametrize("prefetch", [0, 1024])
+def test_load_words(word_bytes, prefetch):
     from bitblas.schedule.intrinsics import load_words
 
     data = torch.randint(-128, 128, (16 * word_bytes,), dtype=torch.int8)
-    meaning, implementation = both(load_words(word_bytes), data, torch.int32)
+    meaning, implementation = both(load_words(word_bytes, prefetch), data, torch.int32)
     assert torch.equal(meaning, implementation)
     words = [int.from_bytes(bytes(b & 255 for b in row), "little") for row in data.view(16, word_bytes).tolist()]
     assert [word & 0xFFFFFFFF for word in meaning.tolist()] == words

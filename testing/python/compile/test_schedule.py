@@ -69,6 +69,7 @@ def test_tilings_are_legal_and_differ(rule, n, m):
         assert tiling.block_n <= 16 * subject.lane_blocks
         assert subject.config.group % tiling.chunk(subject.config) == 0
         assert tiling.slab_m % tiling.block_m == 0
+        assert tiling.slab_m == 0 or tiling.slab_m >= 512
 
 
 @pytest.mark.parametrize(
@@ -79,10 +80,12 @@ def test_tilings_are_legal_and_differ(rule, n, m):
         ({"group_size": -1}, Tiling(8, 16, 8, chunk_k=64), 64),
         ({"group_size": -1, "K": 131}, Tiling(8, 16, 8, chunk_k=64), 131),
         ({"group_size": -1, "K": 2048, "A_dtype": "int8"}, Tiling(1, 16, 8), 512),
-        ({"group_size": -1, "K": 521, "A_dtype": "int8"}, Tiling(1, 16, 8), 1),
+        ({"group_size": -1, "K": 521, "A_dtype": "int8"}, Tiling(1, 16, 8), 264),
+        ({"group_size": -1, "K": 4099, "A_dtype": "int8"}, Tiling(8, 16, 4, chunk_k=128), 128),
+        ({"group_size": 1042 // 2, "K": 1042, "A_dtype": "int8"}, Tiling(1, 16, 8), 1),
     ],
 )
-def test_a_chunk_divides_its_group_and_keeps_integers_exact(changes, tiling, chunk):
+def test_a_chunk_divides_its_group_or_ends_beyond_k_and_keeps_integers_exact(changes, tiling, chunk):
     assert tiling.chunk(config(**changes)) == chunk
 
 

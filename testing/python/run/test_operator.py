@@ -1,18 +1,25 @@
 """What an operator offers beside being called: sources, facts, tuning, lifecycle."""
 
+import copy
 import json
 import logging
+import os
+import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import bitblas
-from bitblas import BuildError, ConfigError, Matmul, MatmulConfig, UnsupportedError, build, tuner
+from bitblas import ArgumentError, BuildError, ConfigError, Matmul, MatmulConfig, UnsupportedError, build, tuner
 from bitblas.formats import FORMATS
 from bitblas.ops import provider
 from bitblas.schedule import Tiling
 
+PYTHON = str(Path(bitblas.__file__).parents[1])
 SMALL = {"N": 64, "K": 64, "A_dtype": "float16", "group_size": 32, "with_scaling": True}
 
 
@@ -35,9 +42,9 @@ def call(op, m=3):
 
 
 def test_the_script_the_schedule_and_the_code_can_be_read(op):
-    assert "def matmul_" in op.prim_func.script() or "def main" in op.prim_func.script()
     assert 'T.sblock("decode")' in op.prim_func.script()
-    assert "T.vectorized" in op.scheduled_ir_module.script() or "T.Ramp" in op.scheduled_ir_module.script()
+    assert "T.vectorized(16)" not in op.prim_func.script()
+    assert "T.vectorized(16)" in op.scheduled_ir_module.script()
     assert "define" in op.get_source()
     assert "@matmul_0" in op.get_source().replace("@__tvm_ffi_", "@")
 
@@ -156,6 +163,7 @@ def test_tuning_keeps_the_fastest_and_is_remembered(store, monkeypatch):
     result, expected = call(op)
     assert torch.allclose(result, expected, rtol=1e-2, atol=0.2)
     assert Matmul(cfg, enable_tuning=True).plan == op.plan
+    assert str(op.plan.kernels[-1].tiling.block_m) in op.scheduled_ir_module.script()
     assert Matmul(cfg, enable_tuning=False).plan != op.plan
 
 
@@ -174,6 +182,7 @@ def test_a_damaged_record_counts_as_none(store, caplog):
     record.write_text(record.read_text()[:-20])
     with caplog.at_level(logging.WARNING, "bitblas"):
         assert Matmul(cfg, enable_tuning=True).plan == op.plan
+    assert str(op.plan.kernels[-1].tiling.block_m) in op.scheduled_ir_module.script()
     assert "is ignored" in caplog.text
 
 
@@ -186,10 +195,9 @@ def test_a_record_says_what_was_measured(store):
     assert record["buckets"]["1"]["candidates"][0]["seconds"] == 0.5
 
 
-def test_a_candidate_that_cannot_be_built_loses_only_itself(monkeypatch):
+def test_a_candidate_that_cannot_be_built_loses_only_itself():
     cfg = small(M=1, N=256)
     target = Matmul(cfg, from_database=True).target
-    monkeypatch.setattr(tuner, "measure", lambda *_: 1.0)
     lost = []
 
     def build(plan):
@@ -198,19 +206,72 @@ def test_a_candidate_that_cannot_be_built_loses_only_itself(monkeypatch):
             raise BuildError("no luck")
         return
 
-    found = tuner.tune(cfg, target, 3, build)
+    found = tuner.tune(cfg, target, 3, build, lambda *_: 1.0)
     assert found[1].tiling != lost[0].kernels[0].tiling
 
     def never(_plan):
         raise BuildError("no luck")
 
     with pytest.raises(BuildError, match="none of 3 tilings for m=1"):
-        tuner.tune(cfg, target, 3, never)
+        tuner.tune(cfg, target, 3, never, lambda *_: 1.0)
 
 
 def test_latency_is_measured_in_milliseconds(op):
     assert 0 < op.profile_latency() < 1000
     assert 0 < op.profile_latency({"m": 5}) < 1000
+    for wrong in (-1, 0, 2.5, "7"):
+        with pytest.raises(ArgumentError, match=r"m is .*; it must be an integer of at least 1"):
+            op.profile_latency({"m": wrong})
+    with pytest.raises(ArgumentError, match="m is 7; this operator was built for M = 1"):
+        Matmul(small(M=1), from_database=True).profile_latency({"m": 7})
+
+
+@pytest.mark.parametrize("topk", [0, -3, "x", 2.0, True])
+def test_a_wrong_number_of_candidates(op, topk):
+    with pytest.raises(ArgumentError, match=r"topk is .*; it must be an integer of at least 1"):
+        op.hardware_aware_finetune(topk)
+
+
+def test_operators_can_be_copied_and_pickled(op):
+    assert copy.deepcopy(op) is op
+    again = pickle.loads(pickle.dumps(op))
+    assert (again.config, again.plan, again.origin) == (op.config, op.plan, "loaded")
+
+
+def test_a_record_with_another_content_counts_as_none(store):
+    cfg = small(N=96)
+    op = Matmul(cfg, enable_tuning=False)
+    tuner.save_record(cfg, op.target, {1: tuner.TunedBucket(Tiling(1, 16, 8), ())})
+    (record,) = store.glob("tuning/*.json")
+    for content in ('{"buckets": []}', '{"buckets": {"1": 3}}', "[]", '{"buckets": {"1": {"tiling": {"made_up": 1}}}}'):
+        record.write_text(content)
+        assert tuner.load_record(cfg, op.target) is None
+
+
+def test_a_record_makes_a_store_as_private_as_it_must_be(tmp_path):
+    cfg = small(N=96)
+    before = os.umask(0o002)
+    try:
+        with bitblas.env.scope(BITBLAS_CACHE_DIR=tmp_path / "new"):
+            target = Matmul(cfg, from_database=True).target
+            tuner.save_record(cfg, target, {1: tuner.TunedBucket(Tiling(1, 16, 8), ())})
+            assert Matmul(cfg).origin == "compiled"
+    finally:
+        os.umask(before)
+
+
+def test_the_log_says_what_is_built_and_where(store):
+    code = "import bitblas; bitblas.Matmul(bitblas.MatmulConfig(M=1, N=16, K=16, W_dtype='int4'))"
+    for level, expected in (("INFO", "building float16 x int4"), ("WARNING", "")):
+        environment = {**os.environ, "BITBLAS_LOG_LEVEL": level, "BITBLAS_CACHE_DIR": str(store), "PYTHONPATH": PYTHON}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert expected in done.stderr
+        assert bool(expected) == bool(done.stderr.strip())
+
+
+def test_a_compiler_may_have_options(store):
+    with bitblas.env.scope(BITBLAS_CC="cc -O1"):
+        assert Matmul(small(N=160)).origin == "compiled"
 
 
 # -- building --------------------------------------------------------------------------------------------------------------
