@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import statistics
-import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import env, packing
 from .artifacts import artifact_key
@@ -98,7 +97,7 @@ def measure(kernels: Kernels, config: MatmulConfig, layout: PackedLayout, m: int
         began = time.perf_counter()
         kernels.launch(m, operands, out)
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return float(np.median(times))
 
 
 def tune(
@@ -126,6 +125,8 @@ def tune(
     BuildError
         Not one candidate of a bucket could be built.
     """
+    from tqdm import tqdm  # only here: it would take a fifth of `import bitblas`
+
     layout = PackedLayout.native(config.N, config.K, config.format)
     candidates: dict[int, list[Tiling]] = {}
     for m in config.buckets:
@@ -167,9 +168,9 @@ def save_record(config: MatmulConfig, target: Target, found: dict[int, TunedBuck
     try:
         for directory in (path.parent.parent, path.parent):  # each as private as the store asks
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(record, file, indent=1)
-        Path(file.name).replace(path)
+        draft = path.with_suffix(f".{uuid.uuid4().hex}")
+        draft.write_text(json.dumps(record, indent=1))
+        draft.replace(path)
     except OSError as error:
         get_logger().warning("the tuning record could not be kept in %s: %s", path.parent, error)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import shlex
 import shutil
 import stat
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -130,7 +130,7 @@ class ArtifactStore:
             return dropped
         self._prepare()
         with self._lock(key):
-            trash = self._staging / f"{key}.{secrets.token_hex(8)}"
+            trash = self._staging / f"{key}.{uuid.uuid4().hex[:16]}"
             try:
                 (self._artifacts / key).rename(trash)  # whole at once, so that no reader sees a half of it
             except FileNotFoundError:
@@ -178,7 +178,7 @@ class ArtifactStore:
         try:
             return read_entry(entry, key)
         except DamagedError as damage:
-            aside = self._quarantine / f"{key}.{secrets.token_hex(8)}"
+            aside = self._quarantine / f"{key}.{uuid.uuid4().hex[:16]}"
             entry.rename(aside)
             get_logger().warning("artifact %s is damaged (%s): moved to %s, to be built again", key, damage, aside)
             return None
@@ -192,7 +192,7 @@ class ArtifactStore:
                 if found is not None:
                     return found, False
                 self._sweep(key)
-                staging = self._staging / f"{key}.{secrets.token_hex(8)}"
+                staging = self._staging / f"{key}.{uuid.uuid4().hex[:16]}"
                 staging.mkdir(mode=0o755)
             try:
                 return self._build(key, build, staging)
