@@ -22,7 +22,7 @@ from .artifacts import ArtifactStore
 from .build import find_compiler
 from .config import A_DTYPES, OUT_DTYPES, ZEROS_MODES, MatmulConfig
 from .errors import BitBLASError, ConfigError
-from .formats import FORMATS
+from .formats import FORMATS, parse_format
 from .target import host_features, resolve_target
 
 if TYPE_CHECKING:
@@ -290,11 +290,11 @@ def _settings() -> Iterator[Fact]:
 
 
 def _bench_config(options: argparse.Namespace) -> MatmulConfig:
-    a_dtype, fmt = options.A_dtype, FORMATS.get(options.W_dtype)
-    scaling = not options.no_scale and not (fmt is not None and fmt.is_native)
+    a_dtype, fmt = options.A_dtype, parse_format(options.W_dtype)
+    scaling = not options.no_scale and not fmt.is_native
     out_dtype = options.out_dtype
     if out_dtype is None:
-        out_dtype = a_dtype if a_dtype != "int8" else "float32" if scaling or not (fmt and fmt.is_integer) else "int32"
+        out_dtype = a_dtype if a_dtype != "int8" else "float32" if scaling or not fmt.is_integer else "int32"
     group = options.group_size
     if group is None:
         group = 128 if options.K % 128 == 0 and (scaling or options.zeros != "none") else -1
