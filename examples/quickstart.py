@@ -1,6 +1,5 @@
 """Two matmuls with 4-bit weights, each compared with torch: results, times, and where the kernels came from."""
 
-import statistics
 import sys
 import time
 
@@ -26,7 +25,7 @@ def build(config: bitblas.MatmulConfig) -> bitblas.Matmul:
 
 
 def compare(ours, torchs) -> bool:
-    """Call both in turns; print the distance of the results and the times."""
+    """Call both in turns; print the distance of the results and the shortest times."""
     result, expected = ours(0).float(), torchs(0)
     error = float((result - expected).abs().max() / expected.square().mean().sqrt())
     times: tuple[list[float], list[float]] = [], []
@@ -35,10 +34,10 @@ def compare(ours, torchs) -> bool:
             began = time.perf_counter()
             function(index)
             taken.append(time.perf_counter() - began)
-    here, there = (statistics.median(taken) * 1e6 for taken in times)
+    here, there = (min(taken) * 1e6 for taken in times)  # on a busy machine a median says more of the others
     right = error < 0.01  # float16 results: some 2^-11 of the largest
     print(f"  results    differ from torch's by at most {error:.1e} of their size: {'right' if right else 'WRONG'}")
-    print(f"  time       bitblas {here:.0f} us, torch {there:.0f} us in float32: {there / here:.1f} times as fast")
+    print(f"  best time  bitblas {here:.0f} us, torch {there:.0f} us in float32: {there / here:.1f} times as fast")
     return right
 
 
