@@ -12,20 +12,6 @@ from functools import cached_property
 
 from .errors import ConfigError
 
-#: Code widths of the bit planes into which a sub-byte code is split, lowest bits first, by code width.
-PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
-    1: (1,),
-    2: (2,),
-    3: (2, 1),
-    4: (4,),
-    5: (4, 1),
-    6: (4, 2),
-    7: (4, 2, 1),
-    8: (8,),
-    16: (16,),
-    32: (32,),
-}
-
 
 @dataclass(frozen=True)
 class DataFormat:
@@ -58,8 +44,6 @@ class DataFormat:
     def __post_init__(self) -> None:
         if self.codebook and len(self.codebook) != 1 << self.bits:
             raise ConfigError(f"format {self.name}: a codebook of {self.bits} bits has {1 << self.bits} entries")
-        if sum(self.planes) != self.bits:
-            raise ConfigError(f"format {self.name}: planes {self.planes} do not add up to {self.bits} bits")
 
     @property
     def is_integer(self) -> bool:
@@ -70,11 +54,6 @@ class DataFormat:
     def is_native(self) -> bool:
         """Whether the format is a floating-point dtype that torch computes in."""
         return self.kind == "float"
-
-    @property
-    def planes(self) -> tuple[int, ...]:
-        """Widths of the bit planes of a code in the native layout, lowest bits first."""
-        return PLANE_WIDTHS[self.bits]
 
     @property
     def code_offset(self) -> int:

@@ -5,12 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import ConfigError
-from .formats import PLANE_WIDTHS, DataFormat
+from .formats import DataFormat
 
 #: Outputs that lie side by side in the native layout: one 512-bit register of float32.
 LANES = 16
 #: Consecutive k whose codes share a word of the native layout.
 UNIT = 8
+
+
+#: Code widths of the bit planes into which a sub-byte code is split, lowest bits first, by code width.
+PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
+    1: (1,),
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    7: (4, 2, 1),
+    8: (8,),
+    16: (16,),
+    32: (32,),
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class PackedLayout:
     ``"packed"``, the canonical one: per row a little-endian bit stream along K, padded to a byte.
 
     ``"lanes"``, the native one of CPU kernels, where N % 16 = K % 8 = 0: the code is split into planes of 1, 2, 4, 8, 16 or
-    32 bits (`DataFormat.planes`), a plane is ``[N / 16][K / 8][16]`` words with 8 consecutive k in a word of `width` bytes;
+    32 bits (`PLANE_WIDTHS`), a plane is ``[N / 16][K / 8][16]`` words with 8 consecutive k in a word of `width` bytes;
     from 8 bits on it is ``[N / 16][K][16]`` codes.
 
     Before -> after, for 4 bits: byte ``n * K / 2 + k / 2``

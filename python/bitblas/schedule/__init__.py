@@ -9,9 +9,4 @@ from .rule import Problem, ScheduleRule, Tiling, select_rule
 #: The order is the policy: the first rule that does not decline is taken.
 RULES: tuple[ScheduleRule, ...] = (Avx512SmallM(), Avx512Gemm(), GenericLlvm())
 
-__all__ = ["RULES", "Problem", "ScheduleRule", "Tiling", "find_rule", "select_rule"]
-
-
-def find_rule(name: str) -> ScheduleRule:
-    """Return the rule called `name`."""
-    return next(rule for rule in RULES if rule.name == name)
+__all__ = ["RULES", "Problem", "ScheduleRule", "Tiling", "select_rule"]

@@ -9,7 +9,7 @@ from bitblas import MatmulConfig, UnsupportedError, build
 from bitblas.formats import FORMATS
 from bitblas.layout import PackedLayout
 from bitblas.plan import plan_matmul
-from bitblas.schedule import RULES, Problem, Tiling, find_rule, select_rule
+from bitblas.schedule import RULES, Problem, Tiling, select_rule
 from bitblas.target import Target, resolve_target
 
 AVX512, AVX2, BASELINE = (resolve_target(name) for name in ("x86-64-v4", "haswell", "x86-64"))
@@ -18,6 +18,10 @@ AVX512, AVX2, BASELINE = (resolve_target(name) for name in ("x86-64-v4", "haswel
 def config(w_dtype="uint4", **changes):
     base = {"M": 1, "N": 64, "K": 128, "A_dtype": "float16", "W_dtype": w_dtype, "group_size": 32, "with_scaling": True}
     return MatmulConfig(**{**base, **changes})
+
+
+def find_rule(name):
+    return next(rule for rule in RULES if rule.name == name)
 
 
 def problem(target=AVX512, m=1, **changes):

@@ -9,7 +9,8 @@ import torch
 
 import reference
 from bitblas.errors import ConfigError
-from bitblas.formats import ALIASES, FORMATS, PLANE_WIDTHS, DataFormat, parse_format
+from bitblas.formats import ALIASES, FORMATS, DataFormat, parse_format
+from bitblas.layout import PLANE_WIDTHS
 
 SMALL = [name for name, fmt in FORMATS.items() if fmt.bits <= 4]
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
@@ -28,8 +29,9 @@ def test_row(name):
     assert fmt.bits == reference.width(name)
     assert fmt.is_integer == name.startswith(("uint", "int"))
     assert fmt.is_native == (name in ("float16", "bfloat16", "float32"))
-    assert sum(fmt.planes) == fmt.bits
-    assert all(wide >= narrow for wide, narrow in zip(fmt.planes, fmt.planes[1:], strict=False))
+    planes = PLANE_WIDTHS[fmt.bits]
+    assert sum(planes) == fmt.bits
+    assert list(planes) == sorted(planes, reverse=True)
     assert pickle.loads(pickle.dumps(fmt)) == fmt
     assert hash(fmt) == hash(pickle.loads(pickle.dumps(fmt)))
 

@@ -5,8 +5,8 @@ import pickle
 import pytest
 
 from bitblas.errors import ConfigError
-from bitblas.formats import FORMATS, PLANE_WIDTHS
-from bitblas.layout import PackedLayout
+from bitblas.formats import FORMATS
+from bitblas.layout import PLANE_WIDTHS, PackedLayout
 
 PACKED_SHAPES = [(1, 1), (1, 9), (3, 5), (5, 8), (16, 8), (17, 7), (2, 33)]
 LANE_SHAPES = [(16, 8), (16, 40), (32, 8), (48, 24)]
