@@ -41,7 +41,7 @@ def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, decode
                     accumulate
             for tile of rows: epilogue
     """
-    sch = Schedule(tirx.PrimFunc.with_attr(func, {"tirx.noalias": True}))
+    sch = Schedule(func.with_attr({"tirx.noalias": True}))
     nest = _Nest(sch, problem, tiling, decode_intrinsic)
     nest.activations()
     outer, tile = nest.tiles()
@@ -86,6 +86,7 @@ class _Nest:
         return blocks, lanes
 
     def activations(self) -> None:
+        """Convert activations once, and sum them where zero points ask for it."""
         sch, many = self.sch, self.problem.m > self.tiling.block_m and self.tiling.parallel
         block = sch.get_sblock("activation")
         if self.config.A_dtype == "float32" and not self.tiling.panel:
@@ -106,11 +107,9 @@ class _Nest:
             row, _, lane, j = sch.get_loops(lanes)
             sch.reorder(j, lane)
             sch.vectorize(lane)
-            self.reductions.append((lanes, j))
-            total = sch.get_sblock("row_sum")
-            sch.compute_at(lanes, sch.get_loops(total)[1], preserve_unit_loops=True)
-            j = sch.get_loops(lanes)[-2]
-            self.reductions[-1] = (lanes, j)
+            chunk = sch.get_loops(sch.get_sblock("row_sum"))[1]
+            sch.compute_at(lanes, chunk, preserve_unit_loops=True)
+            self.reductions.append((lanes, sch.get_loops(lanes)[-2]))
         if many:
             sch.parallel(sch.get_loops(sch.get_sblock("row_sum"))[0])
 
