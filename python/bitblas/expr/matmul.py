@@ -12,22 +12,6 @@ from ..config import MatmulConfig
 from ..layout import LANES, UNIT, PackedLayout
 from .decode import decode
 
-#: The blocks of a matmul, in order of computation. ``words*``: one per bit plane; those that a config has no use for are
-#: absent. See `MatmulExpr`.
-BLOCKS = (
-    "activation",
-    "row_sum_lanes",
-    "row_sum",
-    "words",
-    "unpack",
-    "decode",
-    "matmul",
-    "scale",
-    "zero",
-    "accumulate",
-    "epilogue",
-)
-
 
 @dataclass(frozen=True)
 class MatmulExpr:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import env
 from ..artifacts import Artifact, ArtifactStore, artifact_key
-from ..build import COMPILER, LIBRARY, SCRIPT, SOURCE, build_library, compile_plan, find_compiler, toolchain
+from ..build import COMPILER, LIBRARY, SOURCE, build_library, compile_plan, find_compiler, toolchain
 from ..logs import get_logger, warn_once
 from ..plan import MatmulPlan
 from ..runtime import Kernels, load_kernels, wrap_executable
@@ -33,15 +33,14 @@ class Provided:
         ``"loaded"``, ``"compiled"`` (and stored), or ``"in memory"``.
     seconds : float
         How long it took.
-    source, script : Path or str
-        The generated code and the scheduled module: files of the artifact, or their texts.
+    source : Path or str
+        The generated code: a file of the artifact, or its text.
     """
 
     kernels: Kernels
     origin: str
     seconds: float
     source: Path | str
-    script: Path | str
 
 
 def store() -> ArtifactStore:
@@ -89,7 +88,7 @@ def provide(plan: MatmulPlan) -> Provided:
     kernels = load_kernels(artifact.file(LIBRARY), plan)
     seconds = time.perf_counter() - began
     get_logger().info("%s %s for buckets %s on %s in %.3f s", origin, *_describe(plan), seconds)
-    return Provided(kernels, origin, seconds, artifact.file(SOURCE), artifact.file(SCRIPT))
+    return Provided(kernels, origin, seconds, artifact.file(SOURCE))
 
 
 def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Artifact | None:
@@ -112,10 +111,10 @@ def _compile_in_memory(plan: MatmulPlan, key: str, began: float) -> Provided:
         "there is no C compiler (cc, gcc or clang) to link compiled operators with: they are compiled in memory by every "
         "process, and use TVM's threads instead of torch's. Install one, such as Debian's gcc, or name one in BITBLAS_CC.",
     )
-    executable, script = compile_plan(plan)
+    executable, _ = compile_plan(plan)
     kernels = wrap_executable(executable, plan)
     source = executable.mod.inspect_source("ll")
-    _in_memory[key] = Provided(kernels, "in memory", time.perf_counter() - began, source, script)
+    _in_memory[key] = Provided(kernels, "in memory", time.perf_counter() - began, source)
     return _in_memory[key]
 
 
