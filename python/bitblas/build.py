@@ -82,7 +82,8 @@ def expression_module(plan: MatmulPlan) -> tvm.IRModule:
     functions = {}
     for kernel in plan.kernels:
         tiling = kernel.tiling
-        expr = MatmulExpr(plan.config, plan.layout, tiling.block_m, tiling.block_n // LANES, tiling.chunk(plan.config))
+        chunk = tiling.chunk(plan.config, plan.layout)
+        expr = MatmulExpr(plan.config, plan.layout, tiling.block_m, tiling.block_n // LANES, chunk, tiling.dot)
         func = describe(matmul_func(expr, kernel.name), plan.problem(kernel), kernel.rule, tiling)
         functions[kernel.name] = func
     return tvm.IRModule(functions)

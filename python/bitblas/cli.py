@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--A-dtype", default="float16", help=f"{', '.join(A_DTYPES)} (float16)")
     bench.add_argument("--W-dtype", default="uint4", help=f"{', '.join(FORMATS)} (uint4)")
     bench.add_argument(
-        "--out-dtype", help=f"{', '.join(OUT_DTYPES)} (A's; int32 for int8 without scales, else float32)"
+        "--out-dtype",
+        help=f"{', '.join(OUT_DTYPES)} (A's; for an A of 8 bits and less int32 without scales, else float32)",
     )
     bench.add_argument("--group-size", type=int, help="k that share a scale (128 where it divides K, else -1: all)")
     bench.add_argument("--zeros", choices=("none", *ZEROS_MODES), default="none", help="kind of zero points (none)")
@@ -294,7 +295,8 @@ def _bench_config(options: argparse.Namespace) -> MatmulConfig:
     scaling = not options.no_scale and not fmt.is_native
     out_dtype = options.out_dtype
     if out_dtype is None:
-        out_dtype = a_dtype if a_dtype != "int8" else "float32" if scaling or not fmt.is_integer else "int32"
+        integers = a_dtype in ("int8", "int4") and fmt.is_integer and not scaling
+        out_dtype = a_dtype if a_dtype in OUT_DTYPES[:3] else "int32" if integers else "float32"
     group = options.group_size
     if group is None:
         group = 128 if options.K % 128 == 0 and (scaling or options.zeros != "none") else -1

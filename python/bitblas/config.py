@@ -6,24 +6,26 @@ from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field, fields
 from numbers import Integral
 
-from .errors import ConfigError, UnsupportedError
-from .formats import ALIASES, DataFormat, parse_format
+from .errors import ConfigError
+from .formats import ALIASES, FORMATS, DataFormat, parse_format
 
 #: The rows for which kernels are specialised when M is not given.
 DEFAULT_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024)
 
-A_DTYPES = ("float16", "bfloat16", "float32", "int8")
+A_DTYPES = ("float16", "bfloat16", "float32", "int8", "int4", "float8_e4m3", "float8_e5m2")
 OUT_DTYPES = ("float16", "bfloat16", "float32", "int32", "int8")
 ACCUM_DTYPES = ("float16", "bfloat16", "float32", "int32")
 ZEROS_MODES = ("original", "rescale", "quantized")
 LAYOUTS = ("nt", "nn", "tn", "tt")
-#: Dtypes of scale and zeros where A is an integer; else they have A's dtype.
+#: Dtypes of scale and zeros where A has at most 8 bits; else they have A's dtype.
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 
 _INTEGER_DTYPES = ("int32", "int8")
+_INTEGER_ACTIVATIONS = ("int8", "int4")
 
 
-def _dtype_name(argument: str, value: object, allowed: Sequence[str]) -> str:
+def check_dtype_name(argument: str, value: object, allowed: Sequence[str]) -> str:
+    """Return the canonical name of a dtype that is one of `allowed`, or raise ConfigError."""
     text = str(value).removeprefix("torch.")
     text = ALIASES.get(text, text)
     if text not in allowed:
@@ -31,7 +33,8 @@ def _dtype_name(argument: str, value: object, allowed: Sequence[str]) -> str:
     return text
 
 
-def _size(argument: str, value: object) -> int:
+def check_size(argument: str, value: object) -> int:
+    """Return an integer of at least 1, or raise ConfigError."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ConfigError(f"{argument} is {value!r}; it must be an integer of at least 1")
     return int(value)
@@ -51,8 +54,8 @@ def _buckets(value: object) -> int | tuple[int, ...]:
     if isinstance(value, (list, tuple)):
         if not value:
             raise ConfigError("M is empty; give an int, a list of ints, or None")
-        return tuple(_size("M", m) for m in value)
-    return _size("M", value)
+        return tuple(check_size("M", m) for m in value)
+    return check_size("M", value)
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,19 @@ class MatmulConfig:
     N, K : int
         Output and input features.
     A_dtype : str
-        float16, bfloat16, float32 or int8.
+        float16, bfloat16, float32, int8, int4 (values in int8, or two to a byte), float8_e4m3 or float8_e5m2.
     W_dtype : str or None
         A weight format (`bitblas.formats.FORMATS`); None means A_dtype.
     out_dtype : str
-        float16, bfloat16, float32; and, for int8 times an integer format, int32 or int8 (saturating).
+        float16, bfloat16, float32; and, for int8 or int4 times an integer format, int32 or int8 (saturating).
     accum_dtype : str
-        float16, bfloat16, float32 or int32. Honoured or exceeded: floats are accumulated in float32, integers in int32, or in
-        int64 where K is so large that int32 could overflow, or in float64 beside scales and zeros.
+        float16, bfloat16, float32 or int32. Honoured or exceeded: floats are accumulated in float32; integers exactly, in
+        int32, or int64 where K is so large that int32 could overflow. Sums of groups with scales of their own are added
+        in float32, or in float64 where int32 was asked for.
     layout : str
-        ``"nt"``: A is (M, K), weights are (N, K).
+        What A and the weights look like. First letter ``n``: A is (..., M, K) and the output (..., M, N); ``t``: A is
+        (..., K, M), the output still (..., M, N). Second letter ``t``: `transform_weight` takes (N, K); ``n``: (K, N). Packed
+        weights, scales and zero points are the same for all four.
     with_bias : bool
         Whether a bias of shape (N,) is added.
     group_size : int
@@ -94,8 +100,6 @@ class MatmulConfig:
     ------
     ConfigError
         A value is not allowed, or two contradict each other.
-    UnsupportedError
-        The combination is meaningful but not built yet.
     """
 
     M: int | tuple[int, ...] | Sequence[int] | None = None
@@ -124,15 +128,15 @@ class MatmulConfig:
         self._check_quantization()
 
     def _normalize(self, bias: bool | None) -> None:
-        a_dtype = _dtype_name("A_dtype", self.A_dtype, A_DTYPES)
+        a_dtype = check_dtype_name("A_dtype", self.A_dtype, A_DTYPES)
         values = {
             "M": _buckets(self.M),
-            "N": _size("N", self.N),
-            "K": _size("K", self.K),
+            "N": check_size("N", self.N),
+            "K": check_size("K", self.K),
             "A_dtype": a_dtype,
             "W_dtype": parse_format(a_dtype if self.W_dtype is None else self.W_dtype).name,
-            "out_dtype": _dtype_name("out_dtype", self.out_dtype, OUT_DTYPES),
-            "accum_dtype": _dtype_name("accum_dtype", self.accum_dtype, ACCUM_DTYPES),
+            "out_dtype": check_dtype_name("out_dtype", self.out_dtype, OUT_DTYPES),
+            "accum_dtype": check_dtype_name("accum_dtype", self.accum_dtype, ACCUM_DTYPES),
             "with_bias": self._bias(bias),
             "with_scaling": _flag("with_scaling", self.with_scaling),
             "with_zeros": _flag("with_zeros", self.with_zeros),
@@ -143,10 +147,6 @@ class MatmulConfig:
             object.__setattr__(self, name, value)
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout is {self.layout!r}; allowed: {', '.join(LAYOUTS)}")
-        if self.layout != "nt":
-            raise UnsupportedError(
-                f"layout {self.layout!r} is not built yet; use 'nt' (A is (M, K), weights are (N, K))"
-            )
 
     def _bias(self, bias: bool | None) -> bool:
         with_bias = _flag("with_bias", self.with_bias)
@@ -157,11 +157,12 @@ class MatmulConfig:
     def _check_dtypes(self) -> None:
         if self.out_dtype in _INTEGER_DTYPES and not self.integer_products:
             raise ConfigError(
-                f"out_dtype {self.out_dtype} needs A_dtype int8 and an integer W_dtype, not {self.A_dtype} and {self.W_dtype}"
+                f"out_dtype {self.out_dtype} needs A_dtype int8 or int4 and an integer W_dtype, "
+                f"not {self.A_dtype} and {self.W_dtype}"
             )
         if self.accum_dtype == "int32" and not self.integer_products:
             raise ConfigError(
-                f"accum_dtype int32 needs A_dtype int8 and an integer W_dtype, not {self.A_dtype} and {self.W_dtype}"
+                f"accum_dtype int32 needs A_dtype int8 or int4 and an integer W_dtype, not {self.A_dtype} and {self.W_dtype}"
             )
 
     def _check_quantization(self) -> None:
@@ -211,9 +212,18 @@ class MatmulConfig:
         return self.with_scaling or self.with_zeros
 
     @property
+    def kernel(self) -> MatmulConfig:
+        """The config of the kernels that serve this one: what differs at the door only is the same here.
+
+        Kernels take A row by row, and the values of an int4 A in int8.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(MatmulConfig)}
+        return MatmulConfig(**{**values, "layout": "nt", "A_dtype": "int8" if self.A_dtype == "int4" else self.A_dtype})
+
+    @property
     def integer_products(self) -> bool:
         """Whether every product of an activation and a weight is an integer."""
-        return self.A_dtype == "int8" and self.format.is_integer
+        return self.A_dtype in _INTEGER_ACTIVATIONS and self.format.is_integer
 
     @property
     def zeros_packed(self) -> bool:
@@ -222,31 +232,41 @@ class MatmulConfig:
 
     @property
     def integer_accumulation(self) -> bool:
-        """Whether products are summed in int32 over all of K: int8 times integers, with no float operand inside the sum."""
+        """Whether products are summed as integers over all of K: with no float operand inside the sum."""
         if not self.integer_products:
             return False
         return (not self.with_scaling or self.num_groups == 1) and (not self.with_zeros or self.zeros_packed)
 
     @property
     def sum_dtype(self) -> str:
-        """Dtype in which chunks of k are summed: one that holds sums of integers exactly, float32 for the rest."""
+        """Dtype in which chunks of k are summed: one that holds sums of integers exactly, floats for the rest."""
         if not self.integer_products:
             return "float32"
         if not self.integer_accumulation:
-            return "float64"
+            return "float64" if self.accum_dtype == "int32" else "float32"
         low, high = self.format.value_range
         largest = self.K * 128 * (max(-low, high) + (high if self.zeros_packed else 0))
         return "int32" if largest < 1 << 31 else "int64"
 
     @property
+    def held_dtype(self) -> str:
+        """Name of the torch dtype in which users hold A: its own, int8 for int4."""
+        return FORMATS[self.A_dtype].torch_name or "int8"
+
+    @property
+    def activation_dtype(self) -> str:
+        """Dtype in which A reaches the kernel: its own, int8 for the values of int4 and the bytes of float8."""
+        return self.A_dtype if FORMATS[self.A_dtype].bits > 8 else "int8"
+
+    @property
     def scale_dtype(self) -> str:
-        """Dtype in which scale and zeros reach the kernel; for an int8 A other floats are converted to it."""
-        return "float32" if self.A_dtype == "int8" else self.A_dtype
+        """Dtype in which scale and zeros reach the kernel; beside an A of at most 8 bits other floats are converted to it."""
+        return "float32" if self.activation_dtype == "int8" else self.A_dtype
 
     @property
     def bias_dtype(self) -> str:
         """Dtype in which a bias reaches the kernel: one that holds both A's and the output's dtype."""
-        if self.A_dtype == "int8":
+        if self.A_dtype in _INTEGER_ACTIVATIONS:
             return "int32" if self.out_dtype in _INTEGER_DTYPES else self.out_dtype
         return self.A_dtype if self.A_dtype == self.out_dtype else "float32"
 

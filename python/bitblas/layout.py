@@ -11,7 +11,11 @@ from .formats import DataFormat
 LANES = 16
 #: Consecutive k whose codes share a word of the native layout.
 UNIT = 8
+#: Consecutive k whose codes lie in the four bytes of a word, for instructions that add four products at once.
+QUAD = 4
 
+#: The layouts, by name.
+NAMES = ("packed", "lanes", "dots")
 
 #: Code widths of the bit planes into which a sub-byte code is split, lowest bits first, by code width.
 PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
@@ -40,21 +44,17 @@ class Plane:
         The position in the code of the plane's lowest bit.
     offset : int
         First byte of the plane in the tensor.
+    word_bytes : int
+        Bytes that a lane holds side by side.
+    codes_per_word : int
+        Codes, of consecutive k, that they hold.
     """
 
     width: int
     low_bit: int
     offset: int
-
-    @property
-    def word_bytes(self) -> int:
-        """Bytes that a lane holds side by side: the codes of `UNIT` k, or one code of 8 bits and more."""
-        return self.width if self.width < 8 else self.width // 8
-
-    @property
-    def codes_per_word(self) -> int:
-        """Codes that such a word holds."""
-        return UNIT if self.width < 8 else 1
+    word_bytes: int
+    codes_per_word: int
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,18 @@ class PackedLayout:
 
     ``"packed"``, the canonical one: per row a little-endian bit stream along K, padded to a byte.
 
-    ``"lanes"``, the native one of CPU kernels, where N % 16 = K % 8 = 0: the code is split into planes of 1, 2, 4, 8, 16 or
-    32 bits (`PLANE_WIDTHS`), a plane is ``[N / 16][K / 8][16]`` words with 8 consecutive k in a word of `width` bytes;
-    from 8 bits on it is ``[N / 16][K][16]`` codes.
+    The native ones of CPU kernels split a code into planes of 1, 2, 4, 8, 16 or 32 bits (`PLANE_WIDTHS`), and a plane is
+    ``[N / 16][K / codes per word][16]`` words:
+
+    ``"lanes"``, where N % 16 = K % 8 = 0: a word of `width` bytes holds 8 consecutive k, from its lowest bits on; from 8 bits
+    on it holds one code.
+
+    ``"dots"``, of codes up to 8 bits, where N % 16 = 0 and K is a multiple of `unit`: a word of 4 bytes holds 32 / width
+    consecutive k, four in the lowest bits of its bytes, the next four in the bits above those.
 
     Before -> after, for 4 bits: byte ``n * K / 2 + k / 2``
-    -> byte ``((n / 16) * (K / 8) + k / 8) * 64 + (n % 16) * 4 + k % 8 / 2``.
+    -> lanes: byte ``((n / 16) * (K / 8) + k / 8) * 64 + (n % 16) * 4 + k % 8 / 2``
+    -> dots: byte ``((n / 16) * (K / 8) + k / 8) * 64 + (n % 16) * 4 + k % 4``, bits 4 and up where k % 8 >= 4.
     """
 
     N: int
@@ -77,16 +83,27 @@ class PackedLayout:
     name: str = "lanes"
 
     def __post_init__(self) -> None:
-        if self.name not in ("packed", "lanes"):
-            raise ConfigError(f"layout name is {self.name!r}; allowed: packed, lanes")
-        if self.name == "lanes" and (self.N % LANES or self.K % UNIT):
-            raise ConfigError(f"the lane layout needs N % {LANES} = K % {UNIT} = 0, not N = {self.N}, K = {self.K}")
+        if self.name not in NAMES:
+            raise ConfigError(f"layout name is {self.name!r}; allowed: {', '.join(NAMES)}")
+        if self.name == "dots" and self.bits > 8:
+            raise ConfigError(f"the layout 'dots' is for codes of up to 8 bits, not {self.bits}")
+        if self.name != "packed" and (self.N % LANES or self.K % self.unit):
+            raise ConfigError(
+                f"the layout {self.name!r} needs N % {LANES} = K % {self.unit} = 0, not N = {self.N}, K = {self.K}"
+            )
 
     @staticmethod
     def native(N: int, K: int, fmt: DataFormat) -> PackedLayout:
-        """The layout that CPU kernels read for this shape: lanes where nothing has to be padded, else packed."""
+        """The layout for kernels that multiply floats: lanes where nothing has to be padded, else packed."""
         exact = N % LANES == 0 and K % UNIT == 0
         return PackedLayout(N, K, fmt.bits, "lanes" if exact else "packed")
+
+    @property
+    def unit(self) -> int:
+        """Consecutive k that begin and end with whole words of every plane."""
+        if self.name == "dots":
+            return dots_unit(self.bits)
+        return UNIT if self.name == "lanes" else 1
 
     @property
     def row_bytes(self) -> int:
@@ -100,10 +117,15 @@ class PackedLayout:
 
     @property
     def planes(self) -> tuple[Plane, ...]:
-        """The planes of the lane layout, lowest bits first."""
+        """The planes of a native layout, lowest bits first."""
         rows, low, offset = [], 0, 0
         for width in PLANE_WIDTHS[self.bits]:
-            rows.append(Plane(width, low, offset))
+            if self.name == "dots":
+                rows.append(Plane(width, low, offset, 4, 32 // width))
+            elif width < 8:
+                rows.append(Plane(width, low, offset, width, UNIT))
+            else:
+                rows.append(Plane(width, low, offset, width // 8, 1))
             low += width
             offset += self.N * self.K * width // 8
         return tuple(rows)
@@ -123,7 +145,8 @@ class PackedLayout:
         for plane in self.planes:
             word, lane = self.word_index(plane, n, k)
             first = (plane.offset + (word * LANES + lane) * plane.word_bytes) * 8
-            first += k % plane.codes_per_word * plane.width
+            place = k % plane.codes_per_word
+            first += place % QUAD * 8 + place // QUAD * plane.width if self.name == "dots" else place * plane.width
             found += [divmod(first + i, 8) for i in range(plane.width)]
         return found
 
@@ -144,3 +167,8 @@ class PackedLayout:
             raise ConfigError(f"{self}: two codes share a bit")
         if any(not 0 <= byte < self.num_bytes for byte, _ in places):
             raise ConfigError(f"{self}: a code lies outside of the tensor")
+
+
+def dots_unit(bits: int) -> int:
+    """Consecutive k that a word of the thinnest plane holds in the layout "dots"."""
+    return 32 // min(PLANE_WIDTHS[bits])

@@ -6,7 +6,7 @@ import torch
 
 from .errors import ArgumentError
 from .formats import DataFormat
-from .layout import LANES, UNIT, PackedLayout
+from .layout import LANES, QUAD, PackedLayout, Plane
 
 #: Rows that are transformed at a time, so that temporaries stay small beside the weight.
 _BLOCK_ROWS = 1024
@@ -132,9 +132,11 @@ def pack(codes: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
             out.view(layout.N, -1)[first : first + _BLOCK_ROWS] = _pack_rows(block, layout.bits)
             continue
         for plane in layout.planes:
-            rows = _plane_bytes(layout, plane.width)
-            part = out[plane.offset + first * rows : plane.offset + (first + block.shape[0]) * rows]
-            _pack_plane(block, plane.width, plane.low_bit, part)
+            part = _plane_part(out, layout, plane, first, block.shape[0])
+            field = block if plane.width >= 8 else (block >> plane.low_bit) & ((1 << plane.width) - 1)
+            words = _join_quads(field, plane) if layout.name == "dots" else _join_units(field, plane)
+            lines = words.view(block.shape[0] // LANES, LANES, -1).transpose(1, 2)
+            part.view(words.dtype).view(lines.shape).copy_(lines)
     return out.view(torch.int8).view(layout.N, layout.row_bytes)
 
 
@@ -157,9 +159,12 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
             block.copy_(_unpack_rows(flat.view(layout.N, -1)[first : first + _BLOCK_ROWS], layout.K, layout.bits))
             continue
         for plane in layout.planes:
-            rows = _plane_bytes(layout, plane.width)
-            part = flat[plane.offset + first * rows : plane.offset + (first + block.shape[0]) * rows]
-            found = _unpack_plane(part, plane.width, block.shape[0], layout.K)
+            part = _plane_part(flat, layout, plane, first, block.shape[0])
+            dtype = _WORD_DTYPES[plane.word_bytes]
+            words = torch.empty((block.shape[0], layout.K // plane.codes_per_word), dtype=dtype, device=packed.device)
+            lanes = words.view(block.shape[0] // LANES, LANES, -1)
+            lanes.copy_(part.view(dtype).view(lanes.shape[0], -1, LANES).transpose(1, 2))
+            found = _split_quads(words, plane) if layout.name == "dots" else _split_units(words, plane)
             if plane.low_bit:
                 block |= found << plane.low_bit
             else:
@@ -174,8 +179,29 @@ def repack(packed: torch.Tensor, source: PackedLayout, target: PackedLayout) -> 
     return pack(unpack(packed, source), target)
 
 
-def _plane_bytes(layout: PackedLayout, width: int) -> int:
-    return layout.K * width // 8
+def unpack_nibbles(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """Activations of two's complement int4, two to a byte along the last dimension, the first in the low bits.
+
+    Parameters
+    ----------
+    packed : torch.Tensor
+        int8 (..., ceil(k / 2)).
+    k : int
+        Values of a row.
+
+    Returns
+    -------
+    torch.Tensor
+        int8 (..., k), values -8 to 7.
+    """
+    pairs = torch.stack(((packed << 4) >> 4, packed >> 4), dim=-1)
+    return pairs.flatten(-2)[..., :k]
+
+
+def _plane_part(flat: torch.Tensor, layout: PackedLayout, plane: Plane, first: int, rows: int) -> torch.Tensor:
+    """The bytes of a plane that hold `rows` rows of the matrix from row `first` on."""
+    row_bytes = layout.K * plane.width // 8
+    return flat[plane.offset + first * row_bytes : plane.offset + (first + rows) * row_bytes]
 
 
 def _join(codes: torch.Tensor, width: int) -> torch.Tensor:
@@ -187,31 +213,37 @@ def _join(codes: torch.Tensor, width: int) -> torch.Tensor:
     return joined
 
 
-def _pack_plane(codes: torch.Tensor, width: int, low_bit: int, out: torch.Tensor) -> None:
-    n, k = codes.shape
-    if width < 8:
-        field = (codes >> low_bit) & ((1 << width) - 1)
-        words = _join(field, width).view(n, k // UNIT, width)
-        words = words.view(_WORD_DTYPES[width]).view(n, k // UNIT)
-    else:
-        words = codes
-    lines = words.view(n // LANES, LANES, -1).transpose(1, 2)
-    out.view(words.dtype).view(lines.shape).copy_(lines)
-
-
-def _unpack_plane(part: torch.Tensor, width: int, n: int, k: int) -> torch.Tensor:
-    word_bytes = width // 8 if width >= 8 else width
-    dtype = _WORD_DTYPES[word_bytes]
-    words = torch.empty((n, part.numel() // (n * word_bytes)), dtype=dtype, device=part.device)
-    words.view(n // LANES, LANES, -1).copy_(part.view(dtype).view(n // LANES, -1, LANES).transpose(1, 2))
-    if width >= 8:
-        return words
-    joined = words.view(torch.uint8)
+def _split(joined: torch.Tensor, width: int) -> torch.Tensor:
+    """The inverse of `_join`."""
     per_byte, mask = 8 // width, (1 << width) - 1
-    codes = torch.empty((n, k), dtype=torch.uint8, device=part.device)
+    codes = torch.empty((*joined.shape[:-1], joined.shape[-1] * per_byte), dtype=torch.uint8, device=joined.device)
     for i in range(per_byte):
-        codes[:, i::per_byte] = (joined >> (width * i)) & mask
+        codes[..., i::per_byte] = (joined >> (width * i)) & mask
     return codes
+
+
+def _join_units(field: torch.Tensor, plane: Plane) -> torch.Tensor:
+    """(n, k) fields of a plane -> (n, words) of the lane layout."""
+    if plane.width >= 8:
+        return field
+    return _join(field, plane.width).view(_WORD_DTYPES[plane.word_bytes])
+
+
+def _split_units(words: torch.Tensor, plane: Plane) -> torch.Tensor:
+    return words if plane.width >= 8 else _split(words.view(torch.uint8), plane.width)
+
+
+def _join_quads(field: torch.Tensor, plane: Plane) -> torch.Tensor:
+    """(n, k) fields of a plane -> (n, words) of the layout "dots"."""
+    n = field.shape[0]
+    by_byte = field.reshape(n, -1, 8 // plane.width, QUAD).transpose(2, 3)  # word, byte, place in the byte
+    return _join(by_byte, plane.width).reshape(n, -1).contiguous().view(torch.int32)
+
+
+def _split_quads(words: torch.Tensor, plane: Plane) -> torch.Tensor:
+    n = words.shape[0]
+    by_byte = _split(words.view(torch.uint8).view(n, -1, QUAD, 1), plane.width)
+    return by_byte.transpose(2, 3).reshape(n, -1)
 
 
 def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -250,3 +282,108 @@ def _unpack_rows(rows: torch.Tensor, k: int, bits: int) -> torch.Tensor:
             found = found | (stream[..., byte + 1] << (8 - shift))
         codes[..., i] = (found & ((1 << bits) - 1)).to(torch.uint8)
     return codes.view(n, -1)[:, :k]
+
+
+# -- the original BitBLAS's byte formats: values joined as they come, and codes interleaved for its GPU decoders --------------
+
+#: Units whose codes are reordered at a time.
+_BLOCK_UNITS = 1 << 18
+#: Width of the lanes that an interleaved word is dealt out to, by the dtype that its codes are decoded to.
+LANE_BITS = {"float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+#: (dtype, bits) -> codes that are dealt out together, and the place of each lane; else a whole word, the lanes in turn.
+_DEALS = {("float16", 2): (8, (0, 1)), ("float16", 1): (8, (0, 1)), ("int8", 1): (16, (0, 2, 1, 3))}
+
+
+def join_values(values: torch.Tensor, bits: int, argument: str) -> torch.Tensor:
+    """Join consecutive values of the last axis into bytes, the first in the lowest bits.
+
+    Values are not masked: what does not fit in `bits` bits, as that of a negative value, is OR-ed into the values above it
+    in its byte, as the original BitBLAS does.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        (..., K) numbers of any dtype, -128 to 255, where K·bits is a multiple of 8.
+    bits : int
+        1, 2, 4 or 8.
+    argument : str
+        The argument to blame in errors.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8 (..., K·bits/8), with memory of its own.
+
+    Raises
+    ------
+    ArgumentError
+        The last axis does not fill bytes, or a value is no byte.
+    """
+    if not values.dim() or values.shape[-1] * bits % 8:
+        raise ArgumentError(
+            f"{argument} has shape {tuple(values.shape)}; its last axis must be a multiple of {8 // bits}, so that values of "
+            f"{bits} bits fill bytes"
+        )
+    return _join(_as_bytes(values, argument), bits)
+
+
+def _as_bytes(values: torch.Tensor, argument: str) -> torch.Tensor:
+    if values.dtype in (torch.int8, torch.uint8):
+        return values.view(torch.uint8)
+    if values.is_complex():
+        raise ArgumentError(f"{argument} has dtype {values.dtype}; it must hold whole numbers")
+    values = comparable(values)
+    if values.numel():
+        low, high = (float(v) for v in torch.aminmax(values))
+        if not (low >= -128 and high <= 255):  # a NaN fails both comparisons
+            raise ArgumentError(f"{argument} holds {high if low >= -128 else low:g}; allowed: -128 to 255")
+        if values.is_floating_point() and not bool((values == values.round()).all()):
+            wrong = values[values != values.round()][0].item()
+            raise ArgumentError(f"{argument} holds {wrong:g}; allowed: whole numbers from -128 to 255")
+    return values.to(torch.int16).to(torch.uint8)
+
+
+def interleave_sources(bits: int, dtype: str) -> list[int]:
+    """Which code of a 32-bit word comes to each place of the interleaved word.
+
+    Code o goes to lane o % lanes, where the lanes are as wide as `dtype`, so that one mask finds a code of every lane.
+    Before -> after, 4 bits for float16, lowest bits first: 0 1 2 3 4 5 6 7 -> 0 2 4 6 1 3 5 7.
+
+    Parameters
+    ----------
+    bits : int
+        1, 2, 4 or 8, and not more than a lane has.
+    dtype : str
+        One of `LANE_BITS`.
+    """
+    unit, order = _DEALS.get((dtype, bits), (32 // bits, tuple(range(32 // LANE_BITS[dtype]))))
+    per_lane = unit // len(order)
+    sources = [0] * (32 // bits)
+    for code in range(len(sources)):
+        first, number = code // unit * unit, code % unit
+        sources[first + order[number % len(order)] * per_lane + number // len(order)] = code
+    return sources
+
+
+def reorder_codes(packed: torch.Tensor, bits: int, sources: list[int]) -> torch.Tensor:
+    """Permute the codes of each unit of `len(sources)` codes: place p gets code `sources[p]`.
+
+    Parameters
+    ----------
+    packed : torch.Tensor
+        uint8, contiguous, whole units; codes of 1, 2, 4 or 8 bits, the first in the lowest bits.
+
+    Returns
+    -------
+    torch.Tensor
+        A new tensor of the same shape and dtype.
+    """
+    flat, out = packed.view(-1), torch.empty_like(packed)
+    index = torch.tensor(sources, device=packed.device)
+    step, mask = _BLOCK_UNITS * len(sources) * bits // 8, (1 << bits) - 1
+    for first in range(0, flat.numel(), step):
+        block = flat[first : first + step]
+        codes = torch.stack([(block >> shift) & mask for shift in range(0, 8, bits)], dim=-1)
+        moved = codes.view(-1, len(sources)).index_select(1, index)
+        out.view(-1)[first : first + step] = _join(moved, bits).view(-1)
+    return out

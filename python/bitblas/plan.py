@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .config import MatmulConfig
 from .errors import UnsupportedError
 from .layout import PackedLayout
-from .schedule import RULES, Problem, Tiling, select_rule
+from .schedule import RULES, Problem, Tiling, select_rule, takes_dots
 from .target import Target
 
 #: Kernels index weights with 32 bits.
@@ -45,7 +45,10 @@ class KernelPlan:
 
 @dataclass(frozen=True)
 class MatmulPlan:
-    """The kernels of one operator; every kernel computes any number of rows, its buckets are what it is fast for."""
+    """The kernels of one operator; every kernel computes any number of rows, its buckets are what it is fast for.
+
+    `config` is the kernels' (`MatmulConfig.kernel`): operators that differ at the door only share them.
+    """
 
     config: MatmulConfig
     target: Target
@@ -76,6 +79,13 @@ class MatmulPlan:
         return sorted((m, kernel.name) for kernel in self.kernels for m in kernel.buckets)
 
 
+def native_layout(config: MatmulConfig, target: Target) -> PackedLayout:
+    """The layout of the weights that the kernels of `config` on `target` read, all buckets alike."""
+    if takes_dots(config, target):
+        return PackedLayout(config.N, config.K, config.format.bits, "dots")
+    return PackedLayout.native(config.N, config.K, config.format)
+
+
 def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling] | None = None) -> MatmulPlan:
     """Decide how to compute `config` on `target`.
 
@@ -93,7 +103,8 @@ def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling
     UnsupportedError
         No rule serves a bucket, or the weights have 2^31 bytes and more.
     """
-    layout = PackedLayout.native(config.N, config.K, config.format)
+    config = config.kernel
+    layout = native_layout(config, target)
     if max(config.N, config.K) >= MAX_SIDE:
         raise UnsupportedError(f"N = {config.N}, K = {config.K}: kernels take at most {MAX_SIDE - 1} of each")
     if layout.num_bytes >= MAX_WEIGHT_BYTES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,7 @@ _LINUX_FLAGS = {
     "avx_vnni": "avxvnni",
     "asimd": "neon",
     "asimddp": "dotprod",
+    "i8mm": "i8mm",
 }
 _V2 = frozenset({"sse4.2", "ssse3", "popcnt"})
 _V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma"}
@@ -45,6 +47,9 @@ _LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
     ("x86-64-v2", _V2),
     ("x86-64", frozenset()),
 )
+
+_NEON = frozenset({"neon"})
+_DOTPROD = _NEON | {"dotprod"}
 
 #: What the CPUs that people name have, so that a warm operator needs no compiler to know it. Others are asked of LLVM.
 _CPUS: dict[str, frozenset[str]] = {
@@ -69,6 +74,59 @@ _CPUS: dict[str, frozenset[str]] = {
     "znver4": _ICELAKE | {"avx512bf16"},
     "znver5": _ICELAKE | {"avx512bf16", "avxvnni"},
 }
+_ARM_CPUS: dict[str, frozenset[str]] = {
+    "generic": _NEON,
+    "cortex-a53": _NEON,
+    "cortex-a72": _NEON,
+    "cortex-a76": _DOTPROD,
+    "cortex-a78": _DOTPROD,
+    "cortex-x2": _DOTPROD | {"i8mm"},
+    "neoverse-n1": _DOTPROD,
+    "neoverse-n2": _DOTPROD | {"i8mm"},
+    "neoverse-v1": _DOTPROD | {"i8mm"},
+    "neoverse-v2": _DOTPROD | {"i8mm"},
+    "apple-m1": _DOTPROD,
+    "apple-m2": _DOTPROD | {"i8mm"},
+}
+_ARM = ("aarch64", "arm64")
+
+#: Options of TVM's targets that say nothing that a rule asks for.
+_IGNORED = frozenset(
+    {"keys", "tag", "device", "host", "libs", "model", "num-cores", "link-params", "system-lib", "runtime", "opt-level"}
+    | {"max_num_threads", "max_threads_per_block", "max_shared_memory_per_block", "thread_warp_size"}
+    | {"registers_per_block", "l2_cache_size_bytes", "jit", "vector-width", "mabi", "mfloat-abi"}
+)
+
+#: Compute capabilities by the name of the card. Source: https://developer.nvidia.com/cuda-gpus
+_CARDS = {
+    "tesla-v100": "sm_70",
+    "nvidia-t4": "sm_75",
+    "geforce-rtx-2080-ti": "sm_75",
+    "nvidia-a100": "sm_80",
+    "nvidia-a30": "sm_80",
+    "nvidia-a10": "sm_86",
+    "nvidia-a10g": "sm_86",
+    "nvidia-a40": "sm_86",
+    "nvidia-rtx-a6000": "sm_86",
+    "geforce-rtx-3060": "sm_86",
+    "geforce-rtx-3070": "sm_86",
+    "geforce-rtx-3080": "sm_86",
+    "geforce-rtx-3090": "sm_86",
+    "geforce-rtx-3090-ti": "sm_86",
+    "jetson-agx-orin": "sm_87",
+    "nvidia-l4": "sm_89",
+    "nvidia-l40": "sm_89",
+    "nvidia-l40s": "sm_89",
+    "nvidia-rtx-6000-ada": "sm_89",
+    "geforce-rtx-4070": "sm_89",
+    "geforce-rtx-4080": "sm_89",
+    "geforce-rtx-4090": "sm_89",
+    "nvidia-h100": "sm_90",
+    "nvidia-h200": "sm_90",
+    "nvidia-gh200": "sm_90",
+    "nvidia-b200": "sm_100",
+    "geforce-rtx-5090": "sm_120",
+}
 
 
 @dataclass(frozen=True)
@@ -78,24 +136,26 @@ class Target:
     Attributes
     ----------
     kind : str
-        ``"llvm"``.
+        ``"llvm"`` or ``"cuda"``.
     arch : str
-        Architecture as `platform.machine` names it.
+        Architecture as `platform.machine` names it; for CUDA the compute capability, such as ``"sm_90"``.
     mcpu : str
-        LLVM's name of the CPU.
+        LLVM's name of the CPU; empty for CUDA.
     mattr : tuple of str
         LLVM features beyond those of `mcpu`, each with its sign.
     """
 
     kind: str
     arch: str
-    mcpu: str
+    mcpu: str = ""
     mattr: tuple[str, ...] = ()
 
     @property
     def features(self) -> frozenset[str]:
         """Names of the instruction sets that kernels may use."""
-        found = set(_cpu_features(self.mcpu))
+        if self.kind != "llvm":
+            return frozenset()
+        found = set(_cpu_features(self.mcpu, self.arch))
         for attribute in self.mattr:
             name = attribute[1:]
             found = found | {name} if attribute.startswith("+") else found - {name}
@@ -111,17 +171,32 @@ class Target:
     @property
     def num_vector_registers(self) -> int:
         """How many vector registers there are."""
-        return 32 if self.vector_bits == 512 or self.arch in ("aarch64", "arm64") else 16
+        return 32 if self.vector_bits == 512 or self.arch in _ARM else 16
 
     @property
     def isa(self) -> str:
         """The instruction set, in words."""
-        names = [name for name in ("avx512vnni", "avx512bf16", "avxvnni", "dotprod") if name in self.features]
+        if self.kind != "llvm":
+            return self.arch
+        names = [name for name in ("avx512vnni", "avx512bf16", "avxvnni", "dotprod", "i8mm") if name in self.features]
         base = {512: "AVX-512", 256: "AVX2", 128: "NEON" if "neon" in self.features else "SSE"}[self.vector_bits]
         return " + ".join([base, *names])
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this machine is of another architecture."""
+        return self.kind == "llvm" and self.arch != platform.machine()
+
+    @property
+    def triple(self) -> str:
+        """LLVM's name of the architecture and the system."""
+        return f"{self.arch}-linux-gnu"
+
     def __str__(self) -> str:
-        return f"{self.kind} -mcpu={self.mcpu}" + (f" -mattr={','.join(self.mattr)}" if self.mattr else "")
+        if self.kind != "llvm":
+            return f"{self.kind} -arch={self.arch}"
+        triple = f" -mtriple={self.triple}" if self.is_foreign else ""
+        return f"{self.kind}{triple} -mcpu={self.mcpu}" + (f" -mattr={','.join(self.mattr)}" if self.mattr else "")
 
     def fields(self) -> dict[str, object]:
         """All that shapes the code, as JSON values."""
@@ -129,7 +204,11 @@ class Target:
 
     def as_tvm(self) -> dict[str, object]:
         """The dictionary from which TVM makes its own target."""
+        if self.kind != "llvm":
+            return {"kind": self.kind, "arch": self.arch}
         spec: dict[str, object] = {"kind": self.kind, "mcpu": self.mcpu}
+        if self.is_foreign:
+            spec["mtriple"] = self.triple
         return {**spec, "mattr": list(self.mattr)} if self.mattr else spec
 
     def check_runnable(self) -> None:
@@ -152,15 +231,17 @@ def resolve_target(target: object = None) -> Target:
     Parameters
     ----------
     target : None, str, dict, Target, or tvm.target.Target
-        ``None`` or ``"auto"``: BITBLAS_TARGET, else this CPU. Text: ``"llvm"`` (this CPU), ``"llvm -mcpu=haswell"``, a bare
-        CPU name. A dict: ``{"kind": "llvm", "mcpu": ...}``.
+        ``None`` or ``"auto"``: BITBLAS_TARGET, else this CPU. Text: ``"llvm"`` (this CPU), ``"llvm -mcpu=haswell"``,
+        ``"llvm -mtriple=aarch64-linux-gnu -mcpu=neoverse-n1"``, a bare CPU name; ``"cuda"`` (this device),
+        ``"cuda -arch=sm_90"``, a card such as ``"nvidia/nvidia-a100"``; or a target in JSON. A dict:
+        ``{"kind": "llvm", "mcpu": ...}``.
 
     Raises
     ------
     ConfigError
-        The text is not understood, or the CPU unknown.
+        The text is not understood, or the CPU or card unknown.
     UnsupportedError
-        A target of another kind, such as CUDA.
+        ``"cuda"``, where there is no device.
     """
     if isinstance(target, Target):
         return target
@@ -189,11 +270,11 @@ def _parse(text: str) -> dict[str, object]:
             raise ConfigError(f"target is {text!r}, which is not valid JSON") from None
     words = text.split()
     if not words:
-        raise ConfigError("target is empty; allowed: 'llvm', 'llvm -mcpu=NAME', the name of a CPU")
+        raise ConfigError("target is empty; allowed: 'llvm', 'llvm -mcpu=NAME', the name of a CPU, 'cuda -arch=sm_NN'")
     spec: dict[str, object] = {"kind": words[0]}
     for word in words[1:]:
         name, equals, value = word.lstrip("-").partition("=")
-        if not word.startswith("-") or not equals:
+        if not word.startswith("-") or not (equals or name in _IGNORED):
             raise ConfigError(f"target is {text!r}: {word!r} is not of the form -option=value")
         spec[name] = value.split(",") if name == "mattr" else value
     return spec
@@ -201,24 +282,74 @@ def _parse(text: str) -> dict[str, object]:
 
 def _from_spec(spec: dict[str, object], given: object) -> Target:
     kind = str(spec.get("kind", ""))
-    unknown = set(spec) - {"kind", "mcpu", "mattr", "keys", "tag", "device", "num-cores", "host"}
-    if unknown and kind not in ("cuda",):
-        raise ConfigError(f"target is {given!r}: {', '.join(sorted(unknown))} is not understood; allowed: mcpu, mattr")
-    if kind in _CPUS:
+    if kind in _CPUS or kind in _ARM_CPUS:
         spec, kind = {**spec, "mcpu": kind}, "llvm"
-    if kind == "cuda" or kind.startswith("nvidia/"):
-        raise UnsupportedError(f"target is {given!r}: CUDA kernels are not built yet; allowed: llvm")
-    if kind != "llvm":
+    if kind.startswith("nvidia/"):
+        spec, kind = {**spec, "arch": _card(kind.removeprefix("nvidia/"), given)}, "cuda"
+    allowed = {"cuda": {"arch"}, "llvm": {"mcpu", "mattr", "mtriple"}}.get(kind)
+    if allowed is None:
         raise ConfigError(
-            f"target is {given!r}; allowed: llvm, optionally with -mcpu and -mattr, or one of {', '.join(_CPUS)}"
+            f"target is {given!r}; allowed: llvm, optionally with -mcpu and -mattr, cuda with -arch, nvidia/CARD, or one of "
+            f"{', '.join((*_CPUS, *_ARM_CPUS))}"
         )
+    unknown = set(spec) - {"kind"} - allowed - _IGNORED
+    if unknown:
+        raise ConfigError(
+            f"target is {given!r}: {', '.join(sorted(unknown))} is not understood; allowed: {', '.join(sorted(allowed))}"
+        )
+    return _cuda(spec, given) if kind == "cuda" else _llvm(spec, given)
+
+
+def _llvm(spec: dict[str, object], given: object) -> Target:
     mattr = _mattr(spec.get("mattr") or (), given)
     mcpu = str(spec.get("mcpu") or "")
+    arch = str(spec.get("mtriple") or "").partition("-")[0]
     if mcpu in ("", "native"):
-        host = host_target()
-        return Target("llvm", host.arch, host.mcpu, (*host.mattr, *mattr))
-    _cpu_features(mcpu)  # refuses an unknown CPU here, where LLVM would end the process
-    return Target("llvm", platform.machine(), mcpu, mattr)
+        if arch in ("", platform.machine()):
+            host = host_target()
+            return Target("llvm", host.arch, host.mcpu, (*host.mattr, *mattr))
+        mcpu = "generic" if arch in _ARM else arch.replace("_", "-")
+    if not arch:
+        named_arm = mcpu in _ARM_CPUS and (mcpu != "generic" or platform.machine() in _ARM)
+        arch = platform.machine() if not named_arm or platform.machine() in _ARM else "aarch64"
+    if mcpu in (_CPUS if arch in _ARM else _ARM_CPUS) and mcpu != "generic":
+        raise ConfigError(f"target is {given!r}: {mcpu} is no CPU of {arch}")
+    _cpu_features(mcpu, arch)  # refuses an unknown CPU here, where LLVM would end the process
+    return Target("llvm", arch, mcpu, mattr)
+
+
+def _cuda(spec: dict[str, object], given: object) -> Target:
+    arch = str(spec.get("arch") or "") or device_arch()
+    if not arch:
+        raise UnsupportedError(
+            f"target is {given!r}, and there is no CUDA device to ask for its compute capability; name it, as in "
+            "'cuda -arch=sm_90'"
+        )
+    if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
+        raise ConfigError(f"target is {given!r}: arch is {arch!r}; it must be of the form sm_90")
+    return Target("cuda", arch)
+
+
+def _card(name: str, given: object) -> str:
+    if name in _CARDS:
+        return _CARDS[name]
+    from thefuzz import process  # only here: nobody who spells well pays for it
+
+    found = process.extractOne(name, list(_CARDS))
+    raise ConfigError(
+        f"target is {given!r}: {name!r} is no card that is known here. Did you mean 'nvidia/{found[0]}'? Or give the compute "
+        "capability, as in 'cuda -arch=sm_90'"
+    )
+
+
+def device_arch(index: int = 0) -> str:
+    """The compute capability of a CUDA device, such as ``"sm_90"``; empty where torch sees none."""
+    import torch
+
+    if not torch.cuda.is_available() or not 0 <= index < torch.cuda.device_count():
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
 
 
 def _mattr(value: object, given: object) -> tuple[str, ...]:
@@ -233,16 +364,17 @@ def _mattr(value: object, given: object) -> tuple[str, ...]:
 
 
 @cache
-def _cpu_features(mcpu: str) -> frozenset[str]:
-    if mcpu in _CPUS:
-        return _CPUS[mcpu]
-    if platform.machine() in ("aarch64", "arm64") and mcpu == "generic":
-        return frozenset({"neon"})
+def _cpu_features(mcpu: str, arch: str) -> frozenset[str]:
+    table = _ARM_CPUS if arch in _ARM else _CPUS
+    if mcpu in table:
+        return table[mcpu]
     import tvm
 
-    spec = {"kind": "llvm", "mtriple": str(tvm.get_global_func("target.llvm_get_system_triple")())}
+    spec = {"kind": "llvm", "mtriple": f"{arch}-linux-gnu"}
     if mcpu not in {str(name) for name in tvm.get_global_func("target.llvm_get_cpu_archlist")(tvm.target.Target(spec))}:
-        raise ConfigError(f"target: LLVM knows no CPU {mcpu!r}; allowed: {', '.join(_CPUS)} and LLVM's other names")
+        raise ConfigError(
+            f"target: LLVM knows no CPU {mcpu!r} of {arch}; allowed: {', '.join(table)} and LLVM's other names"
+        )
     known = tvm.get_global_func("target.llvm_get_cpu_features")(tvm.target.Target({**spec, "mcpu": mcpu}))
     return frozenset(_LINUX_FLAGS.values()) & {str(name) for name in known}
 
@@ -253,7 +385,7 @@ def host_features() -> frozenset[str]:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return frozenset({"neon"}) if platform.machine() in ("aarch64", "arm64") else frozenset()
+        return _NEON if platform.machine() in _ARM else frozenset()
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip().lower() in ("flags", "features"):
@@ -269,7 +401,7 @@ def host_target() -> Target:
     The level, and not a model's name, because a hypervisor may hide instructions that the model has.
     """
     machine, features = platform.machine(), host_features()
-    if machine in ("aarch64", "arm64"):
+    if machine in _ARM:
         return Target("llvm", machine, "generic", tuple(f"+{name}" for name in sorted(features - {"neon"})))
     for level, needed in _LEVELS:
         if needed <= features:

@@ -19,7 +19,7 @@ from .config import MatmulConfig
 from .errors import BuildError
 from .layout import PackedLayout
 from .logs import get_logger
-from .plan import MatmulPlan, plan_matmul
+from .plan import MatmulPlan, native_layout, plan_matmul
 from .runtime import Kernels
 from .schedule import RULES, Problem, Tiling, select_rule
 from .target import Target
@@ -52,12 +52,13 @@ class TunedBucket:
 
 
 def random_operands(config: MatmulConfig, layout: PackedLayout, m: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A (m, K), and the operands that a kernel takes after it, with random contents."""
+    """A (m, K), and the operands that a kernel takes after it, with random contents, for the config of kernels."""
     generator = torch.Generator().manual_seed(0)
     if config.A_dtype == "int8":
         a = torch.randint(-127, 128, (m, config.K), dtype=torch.int8, generator=generator)
     else:
-        a = torch.randn(m, config.K, generator=generator).to(getattr(torch, config.A_dtype))
+        a = torch.randn(m, config.K, generator=generator).to(getattr(torch, config.held_dtype))
+        a = a.view(getattr(torch, config.activation_dtype))
     operands = [random_weight(config, layout, generator)]
     dtype = getattr(torch, config.scale_dtype)
     if config.with_scaling:
@@ -85,7 +86,7 @@ def random_weight(config: MatmulConfig, layout: PackedLayout, generator: torch.G
 
 def measure(kernels: Kernels, config: MatmulConfig, layout: PackedLayout, m: int) -> float:
     """Median seconds of a call with `m` rows, weights rotated through more bytes than a cache holds."""
-    a, (weight, *rest) = random_operands(config, layout, m)
+    a, (weight, *rest) = random_operands(config.kernel, layout, m)
     copies = max(1, min(16, ROTATED_BYTES // weight.numel()))
     weights = [weight, *(weight.clone() for _ in range(copies - 1))]
     out = torch.empty(m, config.N, dtype=getattr(torch, config.out_dtype))
@@ -127,7 +128,8 @@ def tune(
     """
     from tqdm import tqdm  # only here: it would take a fifth of `import bitblas`
 
-    layout = PackedLayout.native(config.N, config.K, config.format)
+    config = config.kernel
+    layout = native_layout(config, target)
     candidates: dict[int, list[Tiling]] = {}
     for m in config.buckets:
         problem = Problem(config, layout, target, m)

@@ -148,10 +148,11 @@ def draw_workload(config: MatmulConfig, m: int, seed: int = 0) -> Workload:
         The same seed gives the same operands.
     """
     generator = torch.Generator().manual_seed(seed)
-    if config.A_dtype == "int8":
-        a, a_size = torch.randint(-127, 128, (m, config.K), dtype=torch.int8, generator=generator), 73.0
+    if config.held_dtype == "int8":
+        top = 7 if config.A_dtype == "int4" else 127
+        a, a_size = torch.randint(-top, top + 1, (m, config.K), dtype=torch.int8, generator=generator), 0.58 * top
     else:
-        a, a_size = torch.randn(m, config.K, generator=generator).to(getattr(torch, config.A_dtype)), 1.0
+        a, a_size = torch.randn(m, config.K, generator=generator).to(getattr(torch, config.held_dtype)), 1.0
     weight, w_size = _draw_weight(config, generator)
     dtype, shape = getattr(torch, config.scale_dtype), (config.N, config.num_groups)
     scale = zeros = points = bias = None

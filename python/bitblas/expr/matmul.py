@@ -9,8 +9,10 @@ from tvm import te, tirx
 from tvm.ir import Expr
 
 from ..config import MatmulConfig
-from ..layout import LANES, UNIT, PackedLayout
+from ..formats import parse_format
+from ..layout import LANES, QUAD, UNIT, PackedLayout
 from .decode import decode
+from .quads import needs_row_sum, offset, quad, quad_byte
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,17 @@ class MatmulExpr:
         activation[i, k]    = float32(A[min(i, m - 1), k])
         row_sum[i, c]       = Σ_k in c  activation[i, k]
         decode[k, n]        = value of the code of (n, k), without scale and zero point
-        matmul[i, n, c]     = Σ_k in c  activation[i, k] · decode[k, n]
-        accumulate[i, n]    = Σ_c (matmul[i, n, c] - row_sum[i, c] · zero[g(c), n]) · scale[g(c), n]
+        matmul[c, i, n]     = Σ_k in c  activation[i, k] · decode[k, n]
+        accumulate[i, n]    = Σ_c (matmul[c, i, n] - row_sum[i, c] · zero[g(c), n]) · scale[g(c), n]
         epilogue[i, n]      = out_dtype(accumulate[i, n] + bias[n])
 
     (rescale: matmul · scale - row_sum · zero.) Chunks are summed in `config.sum_dtype`; pure integer sums
-    are scaled at the end.
+    are scaled at the end. With a `dot`, all up to the sum of a chunk are integers::
+
+        activation[i, k]    = A[min(i, m - 1), k], int8
+        decode[q, n]        = the codes of (n, 4 q .. 4 q + 3), plus `quads.offset`, in the bytes of an int32
+        matmul[c, i, n]     = Σ_q in c Σ_j  activation[i, 4 q + j] · byte j of decode[q, n]
+                              (and accumulate subtracts row_sum[i, c] · offset)
 
     Attributes
     ----------
@@ -41,6 +48,8 @@ class MatmulExpr:
     chunk : int
         How many consecutive k are summed in float32 before a group's scale, or the sum of chunks, takes over. Divides the
         group; where there is one group the last chunk may reach beyond K, with activations of 0.
+    dot : str
+        How integer products are summed: see `bitblas.schedule.Tiling`.
     """
 
     config: MatmulConfig
@@ -48,11 +57,12 @@ class MatmulExpr:
     row_multiple: int
     lane_multiple: int
     chunk: int
+    dot: str = ""
 
     @property
     def whole_words(self) -> bool:
-        """Whether a chunk begins and ends with a word of the lane layout."""
-        return self.chunk % UNIT == 0
+        """Whether a chunk begins and ends with whole words."""
+        return self.chunk % self.layout.unit == 0
 
     @property
     def padded_k(self) -> int:
@@ -72,33 +82,22 @@ def _round_up(value: Any, multiple: int) -> Any:
 def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     """Build the function (A, W, [scale], [zeros], [bias], out).
 
-    Shapes and dtypes: A (m, K) A_dtype with any m; W int8 (bytes of the layout,); scale (N, K/g) and zeros (N, K/g) in
-    `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N) out_dtype.
+    Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,); scale (N, K/g) and zeros
+    (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N)
+    out_dtype.
     """
-    cfg, chunk = expr.config, expr.chunk
+    cfg = expr.config
     m = te.var("m")
-    rows, columns = _round_up(m, expr.row_multiple), expr.padded_n
-    A = te.placeholder((m, cfg.K), cfg.A_dtype, name="A")
+    rows = _round_up(m, expr.row_multiple)
+    A = te.placeholder((m, cfg.K), cfg.activation_dtype, name="A")
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     arguments = [A, W]
 
-    def activate(i: Expr, k: Expr) -> Expr:
-        row = te.min(i, m - 1)
-        if expr.padded_k == cfg.K:
-            return A[row, k].astype("float32")
-        return tirx.Select(k < cfg.K, A[row, te.min(k, cfg.K - 1)].astype("float32"), tirx.const(0.0, "float32"))
-
-    activation = te.compute((rows, expr.padded_k), activate, name="activation")
-    decoded = _decoded(expr, W)
-    kk = te.reduce_axis((0, chunk), name="kk")
-    partial = te.compute(
-        (rows, columns, expr.padded_k // chunk),
-        lambda i, n, c: te.sum(activation[i, c * chunk + kk] * decoded[c * chunk + kk, n], axis=kk),
-        name="matmul",
-    )
+    activation = _activation(expr, A, rows)
+    partial = _dots(expr, W, activation, rows) if expr.dot else _products(expr, W, activation, rows)
     scale = _scale(expr, arguments) if cfg.with_scaling else None
     zero = _zero(expr, arguments) if cfg.with_zeros else None
-    row_sum = _row_sum(expr, activation, rows) if cfg.with_zeros else None
+    row_sum = _row_sum(expr, activation, rows) if needs_row_sum(cfg, expr.dot) else None
     bias = te.placeholder((cfg.N,), cfg.bias_dtype, name="bias") if cfg.with_bias else None
     if bias is not None:
         arguments.append(bias)
@@ -117,6 +116,50 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
     return func.with_attr({"global_symbol": name})
+
+
+def _activation(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> te.Tensor:
+    """Block activation: float32, or int8 for dot products; rows beyond M repeat the last, k beyond K are 0."""
+    cfg, dtype = expr.config, "int8" if expr.dot else "float32"
+    fmt = parse_format(cfg.A_dtype)
+
+    def value(i: Expr, k: Expr) -> Expr:
+        element = A[te.min(i, A.shape[0] - 1), k]
+        return decode(fmt, element.astype("int32")) if fmt.kind == "float8" else element.astype(dtype)
+
+    def padded(i: Expr, k: Expr) -> Expr:
+        return tirx.Select(k < cfg.K, value(i, te.min(k, cfg.K - 1)), tirx.const(0, dtype))
+
+    return te.compute((rows, expr.padded_k), value if expr.padded_k == cfg.K else padded, name="activation")
+
+
+def _products(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr) -> te.Tensor:
+    """Blocks words*, unpack, decode, matmul: sums of float32 products over chunks, (chunks, rows, padded N)."""
+    chunk, decoded = expr.chunk, _decoded(expr, W)
+    kk = te.reduce_axis((0, chunk), name="kk")
+    return te.compute(
+        (expr.padded_k // chunk, rows, expr.padded_n),
+        lambda c, i, n: te.sum(activation[i, c * chunk + kk] * decoded[c * chunk + kk, n], axis=kk),
+        name="matmul",
+    )
+
+
+def _dots(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr) -> te.Tensor:
+    """Blocks words*, decode, matmul: sums of int32 products over chunks, (chunks, rows, padded N)."""
+    words = [_words(expr, W, index) for index in range(len(expr.layout.planes))]
+    quads = te.compute(
+        (expr.padded_k // QUAD, expr.padded_n),
+        lambda q, n: quad(expr.config.format, expr.layout, expr.dot, words, q, n),
+        name="decode",
+    )
+    chunk, per_chunk = expr.chunk, expr.chunk // QUAD
+    q, j = te.reduce_axis((0, per_chunk), name="q"), te.reduce_axis((0, QUAD), name="j")
+
+    def product(c: Expr, i: Expr, n: Expr) -> Expr:
+        a = activation[i, c * chunk + q * QUAD + j].astype("int32")
+        return te.sum(a * quad_byte(quads[c * per_chunk + q, n], j, expr.dot), axis=[q, j])
+
+    return te.compute((expr.padded_k // chunk, rows, expr.padded_n), product, name="matmul")
 
 
 def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
@@ -236,13 +279,16 @@ def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
 def _row_sum(expr: MatmulExpr, activation: te.Tensor, rows: Expr) -> te.Tensor:
     """Σ of a chunk of a row; over 16 lanes first, where it divides, because a float sum may not be reordered later."""
     chunk, chunks = expr.chunk, expr.padded_k // expr.chunk
+    dtype = "int32" if expr.dot else "float32"
     if chunk % LANES:
         k = te.reduce_axis((0, chunk), name="k")
-        return te.compute((rows, chunks), lambda i, c: te.sum(activation[i, c * chunk + k], axis=k), name="row_sum")
+        return te.compute(
+            (rows, chunks), lambda i, c: te.sum(activation[i, c * chunk + k].astype(dtype), axis=k), name="row_sum"
+        )
     j = te.reduce_axis((0, chunk // LANES), name="j")
     lanes = te.compute(
         (rows, chunks, LANES),
-        lambda i, c, lane: te.sum(activation[i, c * chunk + j * LANES + lane], axis=j),
+        lambda i, c, lane: te.sum(activation[i, c * chunk + j * LANES + lane].astype(dtype), axis=j),
         name="row_sum_lanes",
     )
     lane = te.reduce_axis((0, LANES), name="lane")
@@ -263,21 +309,24 @@ def _accumulate(
     chunks_per_group = expr.padded_k // groups // expr.chunk
     c = te.reduce_axis((0, expr.padded_k // expr.chunk), name="c")
 
+    added = offset(cfg.format, expr.dot) if expr.dot else 0
+    dtype = cfg.sum_dtype
+
     def term(i: Expr, n: Expr) -> Expr:
-        value, g = partial[i, n, c], c // chunks_per_group if groups > 1 else 0
-        shift, dtype = None, cfg.sum_dtype
-        if cfg.integer_accumulation:
-            value = value.astype(dtype)
-            if zero is None or row_sum is None:
-                return value
-            return value - (row_sum[i, c] * zero[g, n]).astype(dtype)
+        value, g = partial[c, i, n], c // chunks_per_group if groups > 1 else 0
+        if added and row_sum is not None:
+            value = value - row_sum[i, c] * added
         value = value.astype(dtype)
-        if zero is not None and row_sum is not None:
-            shift = row_sum[i, c].astype(dtype) * zero[g, n].astype(dtype)
-        if shift is not None and (cfg.zeros_mode != "rescale" or scale is None):
-            value = value - shift
-        value = value * scale[g, n].astype(dtype) if scale is not None else value
-        return value - shift if shift is not None and cfg.zeros_mode == "rescale" and scale is not None else value
+        if zero is None or row_sum is None:
+            return value if scale is None or cfg.integer_accumulation else value * scale[g, n].astype(dtype)
+        if cfg.integer_accumulation:  # a chunk's product fits into the dtype that its sum has
+            return value - (row_sum[i, c] * zero[g, n].astype("int32" if expr.dot else "float32")).astype(dtype)
+        shift = row_sum[i, c].astype(dtype) * zero[g, n].astype(dtype)
+        if scale is None:
+            return value - shift
+        if cfg.zeros_mode == "rescale":
+            return value * scale[g, n].astype(dtype) - shift
+        return (value - shift) * scale[g, n].astype(dtype)
 
     return te.compute((rows, expr.padded_n), lambda i, n: te.sum(term(i, n), axis=c), name="accumulate")
 

@@ -11,6 +11,7 @@ import torch
 
 from ..config import SCALE_DTYPES, MatmulConfig
 from ..errors import ArgumentError
+from ..packing import unpack_nibbles
 
 # looked up once: these stand in the path of every call
 _Tensor, _STRIDED = torch.Tensor, torch.strided
@@ -98,7 +99,12 @@ class Door:
     def __init__(self, config: MatmulConfig, weight_shape: tuple[int, ...]) -> None:
         self._k, self._n = config.K, config.N
         self._static_m = config.M if isinstance(config.M, int) else None
-        self._a_dtype: torch.dtype = getattr(torch, config.A_dtype)
+        self._int4 = config.A_dtype == "int4"
+        self._columns = config.layout.startswith("t")
+        self._a_dtype: torch.dtype = getattr(torch, config.held_dtype)
+        #: the dtype in which the kernel takes A, where it may take an A as it is
+        self._kernel_dtype: torch.dtype = getattr(torch, config.activation_dtype)
+        self._usual = None if self._columns or self._kernel_dtype is not self._a_dtype else self._a_dtype
         self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
         self._operands = (
             _weight_operand(config, weight_shape),
@@ -141,7 +147,7 @@ class Door:
         """A as a contiguous (m, K), m, and the output's shape."""
         if (
             isinstance(A, _Tensor)
-            and A.dtype is self._a_dtype
+            and A.dtype is self._usual
             and A.is_cpu
             and A.layout is _STRIDED
             and A.is_contiguous()
@@ -162,18 +168,25 @@ class Door:
         check_tensor("A", A)
         if A.dtype is not self._a_dtype:
             raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
+        given, A = tuple(A.shape), A.detach().resolve_neg()
+        if self._columns and A.dim() > 1:
+            A = A.mT
+        if self._int4 and A.dim() and A.shape[-1] != self._k and A.shape[-1] == (self._k + 1) // 2:
+            A = unpack_nibbles(A, self._k)
         shape = A.shape
         if not shape or shape[-1] != self._k:
-            raise ArgumentError(f"A has shape {tuple(shape)}; its last dimension must be K = {self._k}")
-        rows = shape[0] if len(shape) == 2 else prod(shape[:-1])
+            raise ArgumentError(f"A has shape {given}; {self._k_place()} must be K = {self._k}{self._packed_k()}")
+        rows = prod(shape[:-1])
         if self._static_m is not None and rows != self._static_m and rows:
-            raise ArgumentError(
-                f"A has shape {tuple(shape)}, {rows} rows; this operator was built for M = {self._static_m}"
-            )
-        A = A.detach().resolve_neg()
-        if len(shape) != 2:
-            A = A.reshape(rows, self._k)
-        return A.contiguous(), rows, (*shape[:-1], self._n)
+            raise ArgumentError(f"A has shape {given}, {rows} rows; this operator was built for M = {self._static_m}")
+        A = A.reshape(rows, self._k).contiguous()
+        return A if A.dtype is self._kernel_dtype else A.view(self._kernel_dtype), rows, (*shape[:-1], self._n)
+
+    def _k_place(self) -> str:
+        return "its dimension before the last (layout t*)" if self._columns else "its last dimension"
+
+    def _packed_k(self) -> str:
+        return f", or {(self._k + 1) // 2} where two values share a byte" if self._int4 else ""
 
     def _bind(
         self,
@@ -234,7 +247,8 @@ def _weight_operand(config: MatmulConfig, shape: tuple[int, ...]) -> Operand:
 
 def _wanted_operands(config: MatmulConfig, a_dtype: torch.dtype, out_dtype: torch.dtype) -> list[Operand]:
     dtype = getattr(torch, config.scale_dtype)
-    allowed = (a_dtype,) if config.A_dtype != "int8" else tuple(getattr(torch, name) for name in SCALE_DTYPES)
+    names = SCALE_DTYPES if config.activation_dtype == "int8" else (config.A_dtype,)
+    allowed = tuple(getattr(torch, name) for name in names)
     shape = (config.N, config.num_groups)
     wanted = []
     if config.with_scaling:

@@ -114,8 +114,9 @@ class Matmul:
         Parameters
         ----------
         weight : torch.Tensor
-            (N, K): codes 0 .. 2^b - 1 of uint and codebook formats, values of int formats (int1: -1 and 1), both in any dtype
-            of numbers; torch.float8 tensors or their bytes, or floating-point weights of native dtypes.
+            (N, K), or (K, N) for the layouts nn and tn: codes 0 .. 2^b - 1 of uint and codebook formats, values of int formats
+            (int1: -1 and 1), both in any dtype of numbers; torch.float8 tensors or their bytes, or floating-point weights of
+            native dtypes.
         scale, zeros, bias : torch.Tensor, optional
             Accepted and left as they are: they are handed over at each call.
 
@@ -130,10 +131,15 @@ class Matmul:
             Wrong shape or dtype, or a value that the format cannot hold.
         """
         check_dense("weight", weight)
-        expected = (self.config.N, self.config.K)
+        config, by_k = self.config, self.config.layout.endswith("n")
+        expected = (config.K, config.N) if by_k else (config.N, config.K)
         if tuple(weight.shape) != expected:
-            raise ArgumentError(f"weight has shape {tuple(weight.shape)}; expected (N, K) = {expected}")
-        return self.pack(packing.encode(weight.detach(), self.config.format, "weight"))
+            names = "(K, N)" if by_k else "(N, K)"
+            raise ArgumentError(
+                f"weight has shape {tuple(weight.shape)}; expected {names} = {expected} for layout {config.layout!r}"
+            )
+        weight = weight.detach()
+        return self.pack(packing.encode(weight.mT if by_k else weight, config.format, "weight"))
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Lay out (N, K) codes; the inverse of `unpack_weight`.
@@ -196,24 +202,27 @@ class Matmul:
         Parameters
         ----------
         A : torch.Tensor
-            (..., K) in A_dtype, any strides. An operator for an int M needs leading dimensions that multiply to M.
+            (..., M, K), or (..., K, M) for the layouts tn and tt, in A_dtype, any strides; of one dimension: (K,). An operator
+            for an int M needs other dimensions that multiply to M. int4: values in int8, or two's complement pairs of
+            consecutive k in the bytes of an int8 tensor, the first in the low bits, with ceil(K / 2) in the place of K.
         W : torch.Tensor
             What `transform_weight` returned; int8 or uint8.
         *extras : torch.Tensor
             The wanted ones of scale, zeros and bias, in that order; then `output`.
         scale : torch.Tensor
-            (N, K / group_size), or (N,) where there is one group, in A_dtype (for an int8 A any floating-point dtype).
+            (N, K / group_size), or (N,) where there is one group, in A_dtype (for an A of at most 8 bits float32, float16 or
+            bfloat16).
         zeros : torch.Tensor
             As scale; where packed (`zeros_mode="quantized"`): int8 (K / group_size, ceil(N·bits/8)).
         bias : torch.Tensor
             (N,) in A_dtype or out_dtype.
         output : torch.Tensor
-            (..., N) in out_dtype, contiguous, to be filled and returned.
+            (..., M, N) in out_dtype, contiguous, to be filled and returned.
 
         Returns
         -------
         torch.Tensor
-            (..., N) in out_dtype.
+            (..., M, N) in out_dtype.
 
         Raises
         ------
@@ -354,16 +363,17 @@ class Matmul:
         """The 16 values of nf4, in the dtype of scales; None for other formats."""
         if self.config.W_dtype != "nf4":
             return None
-        return torch.tensor(self.config.format.codebook, dtype=getattr(torch, self.config.scale_dtype))
+        dtype = getattr(torch, self.config.scale_dtype)
+        return torch.tensor(self.config.format.codebook, dtype=dtype, device="cpu")  # whatever the default device is
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Matmul, (self.config, self.name, self.target, True, self._provided is None, self.backend)
+        return type(self), (self.config, self.name, self.target, True, self._provided is None, self.backend)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Matmul:
         return self  # it holds no state that a copy could change
 
     def __repr__(self) -> str:
-        return f"Matmul({self.config!r}, target={str(self.target)!r})"
+        return f"{type(self).__name__}({self.config!r}, target={str(self.target)!r})"
 
 
 def _text(source: Path | str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from .avx512 import Avx512Gemm, Avx512SmallM
-from .generic import GenericLlvm
+from .dots import DOT_UNITS, DotGemm, DotSmallM, takes_dots
+from .floats import FLOAT_UNITS, FloatGemm, FloatSmallM
 from .rule import Problem, ScheduleRule, Tiling, select_rule
 
 #: The order is the policy: the first rule that does not decline is taken.
-RULES: tuple[ScheduleRule, ...] = (Avx512SmallM(), Avx512Gemm(), GenericLlvm())
+RULES: tuple[ScheduleRule, ...] = (
+    *(rule(unit) for unit in DOT_UNITS for rule in (DotSmallM, DotGemm)),
+    *(rule(unit) for unit in FLOAT_UNITS for rule in (FloatSmallM, FloatGemm)),
+)
 
-__all__ = ["RULES", "Problem", "ScheduleRule", "Tiling", "select_rule"]
+__all__ = ["RULES", "Problem", "ScheduleRule", "Tiling", "select_rule", "takes_dots"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from tvm import tirx
@@ -13,8 +14,9 @@ from tvm.tirx.script.builder import ir as B
 
 from ..expr.decode import decode
 from ..expr.matmul import join_bytes
+from ..expr.quads import quad_byte
 from ..formats import parse_format
-from ..layout import LANES
+from ..layout import LANES, QUAD
 
 _UNSIGNED = {1: "uint8x16", 2: "uint16x16", 4: "int32x16"}
 
@@ -66,14 +68,18 @@ def load_words(word_bytes: int, prefetch: int = 0) -> str:
 
 
 @cache
-def avx512_table(format_name: str) -> str:
-    """Decode sixteen codes of at most 4 bits by `vpermps` in a table that fills one register.
+def look_up(instruction: str, format_name: str) -> str:
+    """Decode sixteen codes of at most 4 bits in a table that registers hold; bits above the code may hold anything.
 
-    Only the lowest 4 bits of an index count, so the bits above the code need no mask: the table repeats.
+    Parameters
+    ----------
+    instruction : str
+        A row of `LOOKUPS`.
+    format_name : str
+        The codes' format.
     """
     fmt = parse_format(format_name)
-    values = [tirx.const(fmt.code_values[i % (1 << fmt.bits)], "float32") for i in range(LANES)]
-    table = tirx.Shuffle(values, [tirx.const(i, "int32") for i in range(LANES)])
+    find, lanes = LOOKUPS[instruction]
 
     def value(code: Expr) -> tirx.Expr:
         return decode(fmt, code)
@@ -90,18 +96,60 @@ def avx512_table(format_name: str) -> str:
                     lane = T.axis.remap("S", [i])
                     D[lane] = value(U[lane])
 
-    @T.prim_func(s_tir=True)
-    def implementation(
-        U: T.Buffer((LANES,), "int32", offset_factor=1), D: T.Buffer((LANES,), "float32", offset_factor=1)
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(U[0:LANES])
-            T.writes(D[0:LANES])
-            D[T.ramp(T.int32(0), 1, LANES)] = T.call_llvm_pure_intrin(
-                "float32x16", "llvm.x86.avx512.permvar.sf.512", table, U.vload([0], dtype="int32x16")
-            )
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("implementation")
+        u, d = B.arg("u", B.handle()), B.arg("d", B.handle())
+        U = B.match_buffer(u, (LANES,), "int32", offset_factor=1)
+        D = B.match_buffer(d, (LANES,), "float32", offset_factor=1)
+        with B.sblock("root"):
+            B.reads(U[0:LANES])
+            B.writes(D[0:LANES])
+            for first in range(0, LANES, lanes):
+                found = find(fmt.code_values, U.vload([first], f"int32x{lanes}"))
+                B.buffer_store(D, found, [B.ramp(first, 1, lanes)])
+    return _register(f"bitblas.{instruction}_{format_name}", meaning, builder.get())
 
-    return _register(f"bitblas.avx512_table_{format_name}", meaning, implementation)
+
+def _table(values: Sequence[float], lanes: int) -> Expr:
+    """A constant register of `values`, repeated where there are fewer."""
+    entries = [tirx.const(values[i % len(values)], "float32") for i in range(lanes)]
+    return tirx.Shuffle(entries, [tirx.const(i, "int32") for i in range(lanes)])
+
+
+def _vpermps_512(values: Sequence[float], codes: Expr) -> Expr:
+    """The lowest 4 bits of an index count: no mask is needed, since the table repeats."""
+    return _pure("float32x16", "llvm.x86.avx512.permvar.sf.512", _table(values, 16), codes)
+
+
+def _vpermps_256(values: Sequence[float], codes: Expr) -> Expr:
+    """The lowest 3 bits of an index count; the fourth chooses between two tables, by the sign of a float."""
+    low, high = values[:8], values[8:]
+    found = _pure("float32x8", "llvm.x86.avx2.permps", _table(low, 8), codes)
+    if not high:
+        return found
+    upper = _pure("float32x8", "llvm.x86.avx2.permps", _table(high, 8), codes)
+    sign = tirx.reinterpret("float32x8", tirx.shift_left(codes, tirx.Broadcast(tirx.const(28, "int32"), 8)))
+    return _pure("float32x8", "llvm.x86.avx.blendv.ps.256", found, upper, sign)
+
+
+def _tbl(values: Sequence[float], codes: Expr) -> Expr:
+    """Sixteen floats are 64 bytes, which one instruction looks up: a code becomes the indices of its four bytes."""
+
+    def spread(value: int) -> Expr:
+        return tirx.Broadcast(tirx.const(value, "int32"), 4)
+
+    parts = [tirx.reinterpret("int8x16", _table(values[i : i + 4], 4)) for i in range(0, LANES, 4)]
+    indices = tirx.bitwise_and(codes, spread(LANES - 1)) * spread(0x04040404) + spread(0x03020100)
+    found = _pure("int8x16", "llvm.aarch64.neon.tbl4.v16i8", *parts, tirx.reinterpret("int8x16", indices))
+    return tirx.reinterpret("float32x4", found)
+
+
+#: (values of a table, codes) -> values of the codes, and lanes of a register, by the instruction's name.
+LOOKUPS: dict[str, tuple[Callable[[Sequence[float], Expr], Expr], int]] = {
+    "vpermps_512": (_vpermps_512, 16),
+    "vpermps_256": (_vpermps_256, 8),
+    "tbl": (_tbl, 4),
+}
 
 
 @cache
@@ -162,6 +210,117 @@ def transpose_lanes(dtype: str, width: int, rows_ahead: int = 0) -> str:
     implementation = builder.get()
 
     return _register(f"bitblas.transpose_lanes_{dtype}_{width}_{rows_ahead}", meaning, implementation)
+
+
+@cache
+def dot_quads(instruction: str, vector_lanes: int, dot: str, depth: int) -> str:
+    """C[lane] += Σ over `depth` words Σ over 4 bytes of A · byte of Q, for sixteen lanes.
+
+    Parameters
+    ----------
+    instruction : str
+        A row of `DOT_INSTRUCTIONS`.
+    vector_lanes : int
+        Lanes of int32 in a register.
+    dot : str
+        Whether bytes of Q are unsigned (``"u8s8"``) or signed (``"s8s8"``).
+    depth : int
+        Consecutive words of Q for each lane, which are summed before they are added to C.
+    """
+    add_products = DOT_INSTRUCTIONS[instruction]
+
+    @T.prim_func(s_tir=True)
+    def meaning_of_one(a: T.handle, q: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (QUAD,), "int8", offset_factor=1)
+        Q = T.match_buffer(q, (LANES,), "int32", offset_factor=1)
+        C = T.match_buffer(c, (LANES,), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:LANES], A[0:QUAD], Q[0:LANES])
+            T.writes(C[0:LANES])
+            for i, b in T.grid(LANES, QUAD):
+                with T.sblock("matmul"):
+                    lane, j = T.axis.remap("SR", [i, b])
+                    C[lane] = C[lane] + T.Cast("int32", A[j]) * quad_byte(Q[lane], j, dot)
+
+    @T.prim_func(s_tir=True)
+    def meaning(a: T.handle, q: T.handle, c: T.handle) -> None:
+        q_stride = T.int32()
+        A = T.match_buffer(a, (depth * QUAD,), "int8", offset_factor=1)
+        Q = T.match_buffer(q, (depth, LANES), "int32", strides=[q_stride, 1], offset_factor=1)
+        C = T.match_buffer(c, (LANES,), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:LANES], A[0 : depth * QUAD], Q[0:depth, 0:LANES])
+            T.writes(C[0:LANES])
+            for w, i, b in T.grid(depth, LANES, QUAD):
+                with T.sblock("matmul"):
+                    lane, u, j = T.axis.remap("SRR", [i, w, b])
+                    C[lane] = C[lane] + T.Cast("int32", A[u * QUAD + j]) * quad_byte(Q[u, lane], j, dot)
+
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("implementation")
+        a, q, c = (B.arg(name, B.handle()) for name in "aqc")
+        A = B.match_buffer(a, (depth * QUAD,), "int8", offset_factor=1)
+        if depth > 1:
+            Q = B.match_buffer(q, (depth, LANES), "int32", strides=[B.int32(), 1], offset_factor=1)
+        else:
+            Q = B.match_buffer(q, (LANES,), "int32", offset_factor=1)
+        C = B.match_buffer(c, (LANES,), "int32", offset_factor=1)
+        with B.sblock("root"):
+            B.reads(C[0:LANES], A[0 : depth * QUAD], Q[0:depth, 0:LANES] if depth > 1 else Q[0:LANES])
+            B.writes(C[0:LANES])
+            four = [tirx.reinterpret("int32", A.vload([u * QUAD], "int8x4")) for u in range(depth)]
+            for first in range(0, LANES, vector_lanes):
+                quads = [Q.vload([u, first][depth == 1 :], f"int32x{vector_lanes}") for u in range(depth)]
+                spread = [tirx.Broadcast(word, vector_lanes) for word in four]
+                total = add_products(vector_lanes, C.vload([first], f"int32x{vector_lanes}"), quads, spread)
+                B.buffer_store(C, total, [B.ramp(first, 1, vector_lanes)])
+    described = meaning if depth > 1 else meaning_of_one
+    return _register(f"bitblas.{instruction}_{vector_lanes}_{dot}_{depth}", described, builder.get())
+
+
+def _as_bytes(word: Expr, lanes: int) -> Expr:
+    return tirx.reinterpret(f"int8x{lanes * QUAD}", word)
+
+
+def _pure(dtype: str, name: str, *arguments: Expr) -> Expr:
+    return tirx.call_llvm_pure_intrin(dtype, name, *arguments)
+
+
+def _vpdpbusd(lanes: int, total: Expr, quads: list[Expr], activations: list[Expr]) -> Expr:
+    """Unsigned times signed bytes, four products a lane, exactly."""
+    name = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
+    for q, a in zip(quads, activations, strict=True):
+        total = _pure(f"int32x{lanes}", name, total, _as_bytes(q, lanes), _as_bytes(a, lanes))
+    return total
+
+
+def _vpmaddubsw(lanes: int, total: Expr, quads: list[Expr], activations: list[Expr]) -> Expr:
+    """Unsigned times signed bytes in pairs, which saturate at 16 bits; the caller sees to it that they never do."""
+    wide = lanes == 16
+    pairs = "llvm.x86.avx512.pmaddubs.w.512" if wide else "llvm.x86.avx2.pmadd.ub.sw"
+    widen = "llvm.x86.avx512.pmaddw.d.512" if wide else "llvm.x86.avx2.pmadd.wd"
+    halves: Expr | None = None
+    for q, a in zip(quads, activations, strict=True):
+        products = _pure(f"int16x{lanes * 2}", pairs, _as_bytes(q, lanes), _as_bytes(a, lanes))
+        halves = products if halves is None else halves + products
+    ones = tirx.Broadcast(tirx.const(1, "int16"), lanes * 2)
+    return total + _pure(f"int32x{lanes}", widen, halves, ones)
+
+
+def _sdot(lanes: int, total: Expr, quads: list[Expr], activations: list[Expr]) -> Expr:
+    """Signed bytes, four products a lane, exactly."""
+    for q, a in zip(quads, activations, strict=True):
+        name = f"llvm.aarch64.neon.sdot.v{lanes}i32.v{lanes * QUAD}i8"
+        total = _pure(f"int32x{lanes}", name, total, _as_bytes(q, lanes), _as_bytes(a, lanes))
+    return total
+
+
+#: (lanes, sums, words of Q, words of A spread over the lanes) -> sums, by the instruction's name.
+DOT_INSTRUCTIONS: dict[str, Callable[[int, Expr, list[Expr], list[Expr]], Expr]] = {
+    "vpdpbusd": _vpdpbusd,
+    "vpmaddubsw": _vpmaddubsw,
+    "sdot": _sdot,
+}
 
 
 def _register(name: str, meaning: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ..config import MatmulConfig
-from ..layout import LANES, UNIT
+from ..expr.quads import needs_row_sum
+from ..layout import LANES, QUAD, UNIT
 from .intrinsics import load_words, transpose_lanes
 from .rule import Problem, Tiling
 
 
-def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, decode_intrinsic: str | None) -> Schedule:
+@dataclass(frozen=True)
+class Intrinsics:
+    """The tensor intrinsics of a nest, by name.
+
+    Attributes
+    ----------
+    decode : str or None
+        Turns sixteen codes into values; None leaves that to arithmetic.
+    dot : callable or None
+        From a number of words to what adds the products of so many to sixteen sums; for tilings with a `dot`.
+    depth : int
+        Words of each lane that it takes at most.
+    """
+
+    decode: str | None = None
+    dot: Callable[[int], str] | None = None
+    depth: int = 1
+
+
+def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, intrinsics: Intrinsics) -> Schedule:
     """Schedule a matmul for lanes.
 
     Before -> after, where weights are decoded in registers::
@@ -40,9 +62,11 @@ def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, decode
                     for ko; for ki unrolled: matmul
                     accumulate
             for tile of rows: epilogue
+
+    For dot products k counts words of four bytes, and there is no `unpack`.
     """
     sch = Schedule(func.with_attr({"tirx.noalias": True}))
-    nest = _Nest(sch, problem, tiling, decode_intrinsic)
+    nest = _Nest(sch, problem, tiling, intrinsics)
     nest.activations()
     outer, tile = nest.tiles()
     groups, chunk, tile = nest.accumulate(outer if tiling.panel else tile)
@@ -53,23 +77,27 @@ def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, decode
     return sch
 
 
-#: Floats of a cache line.
-LINE_FLOATS = 16
+#: Bytes of a cache line.
+LINE_BYTES = 64
 
 
 class _Nest:
     """The schedule in the making."""
 
-    def __init__(self, sch: Schedule, problem: Problem, tiling: Tiling, decode_intrinsic: str | None) -> None:
+    def __init__(self, sch: Schedule, problem: Problem, tiling: Tiling, intrinsics: Intrinsics) -> None:
         self.sch, self.problem, self.tiling = sch, problem, tiling
         self.config: MatmulConfig = problem.config
-        self.decode_intrinsic = decode_intrinsic
+        self.intrinsics = intrinsics
         self.lane_blocks = tiling.block_n // LANES
-        self.chunk = tiling.chunk(self.config)
-        self.unrolled_k = math.gcd(tiling.block_k, self.chunk)
+        self.chunk = tiling.chunk(self.config, problem.layout)
+        #: k that one step of the loop over k stands for
+        self.step = QUAD if tiling.dot else 1
+        unrolled = max(tiling.block_k, problem.layout.unit) if tiling.dot else tiling.block_k
+        self.unrolled = math.gcd(unrolled, self.chunk) // self.step
         self.groups_at_once = self._groups_at_once()
         self.rows_ahead = tiling.block_n if tiling.prefetch else 0
         self.reductions: list[tuple[SBlockRV, LoopRV]] = []  # to be split into init and update at the very end
+        self.to_tensorize: list[tuple[LoopRV, str]] = []  # after everything that asks for the blocks in these loops
 
     def _groups_at_once(self) -> int:
         """How many groups' scales are transposed together; 1 where that is not worth it, or tails stand against it."""
@@ -94,13 +122,14 @@ class _Nest:
         else:
             row, k = sch.get_loops(block)
             # an odd number of cache lines a row: rows that are a power of two apart would share the sets of a cache
-            sch.storage_align(block, 0, axis=0, factor=2 * LINE_FLOATS, offset=LINE_FLOATS)
-            width = math.gcd(-(-self.config.K // self.chunk) * self.chunk, LANES)
+            line = LINE_BYTES // (1 if self.tiling.dot else 4)
+            sch.storage_align(block, 0, axis=0, factor=2 * line, offset=line)
+            width = math.gcd(-(-self.config.K // self.chunk) * self.chunk, line)
             if width > 1:
                 sch.vectorize(sch.split(k, [None, width])[1])
             if many:
                 sch.parallel(row)
-        if not self.config.with_zeros:
+        if not needs_row_sum(self.config, self.tiling.dot):
             return
         if self.chunk % LANES == 0:
             lanes = sch.get_sblock("row_sum_lanes")
@@ -172,9 +201,11 @@ class _Nest:
         sch = self.sch
         block = sch.get_sblock("matmul")
         sch.compute_at(block, place, preserve_unit_loops=True)
-        row, n, chunk, k = sch.get_loops(block)[-4:]
+        if self.intrinsics.dot is not None:
+            return self.dots(block, self.intrinsics.dot)
+        chunk, row, n, k = sch.get_loops(block)[-4:]
         blocks, lanes = self.split_lanes(n)
-        outer, inner = sch.split(k, [None, self.unrolled_k])
+        outer, inner = sch.split(k, [None, self.unrolled])
         sch.reorder(chunk, outer, inner, row, blocks, lanes)
         sch.unroll(inner)
         sch.unroll(row)
@@ -182,32 +213,60 @@ class _Nest:
         self.reductions.append((block, outer))
         return inner, outer
 
+    def dots(self, block: SBlockRV, dot: Callable[[int], str]) -> tuple[LoopRV, LoopRV]:
+        """Products of words: the loop over their bytes, the lanes, and `depth` words become one intrinsic."""
+        sch, depth = self.sch, math.gcd(self.intrinsics.depth, self.unrolled)
+        chunk, row, n, q, j = sch.get_loops(block)[-5:]
+        blocks, lanes = self.split_lanes(n)
+        outer, inner = sch.split(q, [None, self.unrolled // depth * depth])
+        sch.reorder(chunk, outer, inner, row, blocks, lanes, j)
+        first = lanes
+        if depth > 1:
+            inner, first = sch.split(inner, [None, depth])
+            sch.reorder(inner, row, blocks, first, lanes)
+        sch.unroll(inner)
+        sch.unroll(row)
+        sch.vectorize(sch.get_loops(sch.decompose_reduction(block, outer))[-1])
+        self.to_tensorize.append((first, dot(depth)))
+        return inner, outer
+
     def weights(self, place: LoopRV, words_place: LoopRV) -> None:
         """Words are loaded once for the k that share them; codes are decoded in registers, or into a panel."""
         sch, layout = self.sch, self.problem.layout
-        decode, unpack = sch.get_sblock("decode"), sch.get_sblock("unpack")
+        decode = sch.get_sblock("decode")
         sch.compute_at(decode, place, preserve_unit_loops=True)
         k, n = sch.get_loops(decode)[-2:]
         lanes = self.split_lanes(n)[1]
         if self.tiling.panel:
-            words_place, place = sch.split(k, [None, math.gcd(UNIT, self.chunk)])
+            words_place, place = sch.split(
+                k, [None, math.gcd(layout.unit if self.tiling.dot else UNIT, self.chunk) // self.step]
+            )
             sch.unroll(place)
-        sch.compute_at(unpack, place, preserve_unit_loops=True)
-        if self.decode_intrinsic is None:
+        if self.tiling.dot:
             sch.vectorize(lanes)
         else:
-            sch.tensorize(lanes, self.decode_intrinsic)
-        sch.vectorize(self.split_lanes(sch.get_loops(unpack)[-1])[1])
-        if layout.name == "packed":
-            return
-        for index, plane in enumerate(layout.planes):
+            self.unpack(place, lanes)
+        for index, plane in enumerate(layout.planes if layout.name != "packed" else ()):
             words = sch.get_sblock(f"words{index}")
-            shared = plane.codes_per_word > 1 and self.chunk % plane.codes_per_word == 0
+            shared = plane.codes_per_word > self.step and self.chunk % plane.codes_per_word == 0
             sch.compute_at(words, words_place if shared else place, preserve_unit_loops=True)
             sch.tensorize(
                 self.split_lanes(sch.get_loops(words)[-1])[1], load_words(plane.word_bytes, self.tiling.prefetch)
             )
 
+    def unpack(self, place: LoopRV, lanes: LoopRV) -> None:
+        """Place the codes, and turn them into values over `lanes`."""
+        sch = self.sch
+        unpack = sch.get_sblock("unpack")
+        sch.compute_at(unpack, place, preserve_unit_loops=True)
+        if self.intrinsics.decode is None:
+            sch.vectorize(lanes)
+        else:
+            sch.tensorize(lanes, self.intrinsics.decode)
+        sch.vectorize(self.split_lanes(sch.get_loops(unpack)[-1])[1])
+
     def finish(self) -> None:
         for block, loop in self.reductions:
             self.sch.decompose_reduction(block, loop)
+        for loop, intrinsic in self.to_tensorize:
+            self.sch.tensorize(loop, intrinsic)

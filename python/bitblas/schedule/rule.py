@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Sums of int8 products stay exact in float32 up to this many terms: 512 · 128 · 255 < 2^24.
 EXACT_INT8_TERMS = 512
 
+#: … and those of dot products in int32: 65536 · 128 · 255 < 2^31.
+EXACT_DOT_TERMS = 1 << 16
+
 #: A divisor of a group that is smaller than this makes no good chunk: then the whole group is one.
 _SHORTEST_CHUNK = 32
 
@@ -45,6 +48,10 @@ class Tiling:
         How many bytes ahead of their use weights are asked for; 0 leaves it to the hardware.
     parallel : bool
         Whether the kernel uses torch's threads.
+    dot : str
+        How the products of int8 activations and integer weights are summed: ``""`` in float32, one at a time; ``"u8s8"`` in
+        int32, four at a time, codes unsigned and activations signed; ``"s8s8"`` likewise, both signed. The last two read the
+        layout "dots".
     """
 
     block_m: int
@@ -55,21 +62,25 @@ class Tiling:
     slab_m: int = 0
     prefetch: int = 0
     parallel: bool = True
+    dot: str = ""
 
     def fields(self) -> dict[str, object]:
         """As JSON values."""
         return asdict(self)
 
-    def chunk(self, config: MatmulConfig) -> int:
+    def chunk(self, config: MatmulConfig, layout: PackedLayout) -> int:
         """How many consecutive k are summed at once: a divisor of the group, or of a multiple of K where there is one group."""
         group = config.group if config.is_grouped else config.K
-        limit = min(self.chunk_k or group, EXACT_INT8_TERMS if config.integer_products else group)
-        found = _largest_divisor(group, limit)
+        unit = layout.unit if self.dot else 1
+        terms = EXACT_DOT_TERMS if self.dot else EXACT_INT8_TERMS if config.integer_products else group
+        limit = min(self.chunk_k or group, terms)
+        found = unit * _largest_divisor(group // unit, max(1, limit // unit))
         if found >= min(_SHORTEST_CHUNK, group):
             return found
-        if config.integer_products:  # exactness comes before speed; a single group may end with a part of a chunk
-            return found if group < config.K else -(-group // -(-group // limit) // UNIT) * UNIT
-        return group
+        if config.integer_products and group == config.K:  # a single group may end with a part of a chunk
+            step = max(UNIT, unit)
+            return -(-group // -(-group // limit) // step) * step
+        return found if terms < group else group  # exactness comes before speed
 
 
 def _largest_divisor(value: int, limit: int) -> int:
@@ -110,13 +121,18 @@ class Problem:
 
 
 class ScheduleRule(ABC):
-    """One way to schedule a matmul. `name` is unique and stands in artifacts."""
+    """One way to schedule a matmul. `name` is unique and stands in artifacts; `layouts` are those that the rule reads."""
 
     name: str
+    layouts: tuple[str, ...] = ("lanes", "packed")
 
-    @abstractmethod
     def decline(self, problem: Problem) -> str | None:
         """Say why the rule does not serve `problem`; None where it does."""
+        if problem.target.kind != "llvm":
+            return f"is for llvm targets, not {problem.target}"
+        if problem.layout.name not in self.layouts:
+            return f"reads weights in the layout {' or '.join(self.layouts)}, not {problem.layout.name}"
+        return None
 
     @abstractmethod
     def tilings(self, problem: Problem) -> list[Tiling]:

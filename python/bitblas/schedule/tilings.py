@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..layout import LANES
+from ..target import Target
 from .rule import Problem, Tiling
 
 #: Rows × blocks of sixteen columns whose sums stay in registers.
@@ -27,16 +28,48 @@ PANEL_K = 128
 SLAB_M = 512
 
 
+#: Shapes whose sums fill three quarters of the registers, by how many blocks of sixteen sums those hold, the best first.
+_SHAPES: dict[int, tuple[Shape, ...]] = {
+    24: ((8, 3), (6, 4), (12, 2), (4, 6), (8, 2), (5, 5), (4, 4)),
+    6: ((6, 1), (3, 2), (2, 3), (4, 1)),
+    3: ((3, 1), (1, 3), (2, 1), (1, 2)),
+}
+
+
+#: Blocks of columns for one to four rows, where 24 blocks of sums fit, the best first.
+_SMALL_WIDTHS: dict[int, tuple[int, ...]] = {1: (8, 4, 2), 2: (6, 4, 2), 3: (4, 2, 6), 4: (4, 2, 1)}
+
+
+def sum_shapes(target: Target, vector_lanes: int) -> tuple[int, tuple[Shape, ...]]:
+    """Blocks of sixteen sums that three quarters of the registers hold, and the shapes that are made of them."""
+    most = target.num_vector_registers * vector_lanes * 3 // (4 * LANES)
+    return most, _SHAPES[most]
+
+
+def small_shapes(most: int, m: int) -> list[Shape]:
+    """Shapes that hold all of `m` rows, up to `SMALL_M`, in at most `most` blocks of sums, the best first."""
+    widths = _SMALL_WIDTHS[m] if most >= 24 else (max(1, most // m), 2, 1)
+    return [(m, width) for width in dict.fromkeys(widths)]
+
+
+def tall_shapes(most: int, shapes: tuple[Shape, ...], m: int) -> list[Shape]:
+    """`shapes` of no more rows than `m`, each once; first one that is as wide as `m` rows allow."""
+    found = [(min(rows, m), blocks) for rows, blocks in shapes]
+    if m < shapes[0][0]:
+        found.insert(0, (m, max(1, min(6, most // m))))
+    return list(dict.fromkeys(found))
+
+
 def decode_in_registers(problem: Problem, shapes: list[Shape]) -> list[Tiling]:
     """Tilings that decode weights for each tile of rows: for as many rows as one tile holds."""
     tilings = _tilings(problem, shapes, Tiling(1, LANES, 8))
     return [replace(tiling, prefetch=ahead) for ahead in PREFETCH_BYTES for tiling in tilings]
 
 
-def decode_to_panel(problem: Problem, shapes: list[Shape]) -> list[Tiling]:
-    """Tilings that decode weights once for all rows; shapes that leave less of the last tiles empty come first."""
+def decode_to_panel(problem: Problem, shapes: list[Shape], panel_k: int = PANEL_K) -> list[Tiling]:
+    """Tilings that decode weights once for all rows, `panel_k` at a time; the less of the last tiles is empty the better."""
     shapes = sorted(shapes, key=lambda shape: _padded_work(problem, *shape))
-    tilings = _tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=PANEL_K, panel=True))
+    tilings = _tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=panel_k, panel=True))
     return [replace(tiling, slab_m=-(-SLAB_M // tiling.block_m) * tiling.block_m) for tiling in tilings]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitblas.formats import FORMATS
+from bitblas.schedule.dots import DOT_UNITS
 from bitblas.target import host_features, resolve_target
 
 TABLES = [name for name, fmt in FORMATS.items() if fmt.bits <= 4]
@@ -28,17 +29,47 @@ def both(name, codes, dtype):
     return outputs
 
 
-@pytest.mark.skipif("avx512f" not in host_features(), reason="this CPU has no AVX-512")
+@pytest.mark.parametrize("instruction", ["vpermps_512", "vpermps_256"])
 @pytest.mark.parametrize("name", TABLES)
-def test_avx512_table(name):
-    from bitblas.schedule.intrinsics import avx512_table
+def test_look_up(instruction, name):
+    from bitblas.schedule.intrinsics import look_up
 
+    if {"vpermps_512": "avx512f", "vpermps_256": "avx2"}[instruction] not in host_features():
+        pytest.skip(f"this CPU has no {instruction}")
     fmt = FORMATS[name]
     garbage = torch.randint(0, 1 << 20, (16,), dtype=torch.int32) << fmt.bits
     codes = (torch.arange(16, dtype=torch.int32) % (1 << fmt.bits)) | garbage
-    meaning, implementation = both(avx512_table(name), codes, torch.float32)
+    meaning, implementation = both(look_up(instruction, name), codes, torch.float32)
     assert torch.equal(meaning, implementation)
     assert torch.equal(meaning, torch.tensor([fmt.code_values[i % (1 << fmt.bits)] for i in range(16)]))
+
+
+@pytest.mark.parametrize("unit", DOT_UNITS, ids=lambda unit: unit.name)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_dot_quads_at_the_ends_of_the_ranges(unit, bits):
+    """Every A is -128 or 127 and every byte the smallest or largest: where anything saturates, it is here."""
+    from tvm.s_tir import TensorIntrin
+
+    from bitblas.schedule.intrinsics import dot_quads
+
+    fmt, host = FORMATS[f"uint{bits}"], resolve_target()
+    # the instruction for 256 bits has a second encoding, with AVX-512
+    there = unit.feature in host.features or (unit.name == "avx_vnni" and "avx512vnni" in host.features)
+    if not there:
+        pytest.skip(f"this CPU has no {unit.feature}")
+    if bits > unit.most_bits:
+        pytest.skip(f"{unit.instruction} is not used for {bits} bits")
+    depth = unit.depth(fmt)
+    name = dot_quads(unit.instruction, unit.vector_lanes, unit.dot, depth)
+    for low, high in ((-128, -128), (127, 127), (-128, 127)):
+        A = torch.where(torch.rand(4 * depth) < 0.5, low, high).to(torch.int8)
+        for codes in (torch.full((depth, 16, 4), (1 << bits) - 1), torch.randint(0, 1 << bits, (depth, 16, 4))):
+            Q = codes.to(torch.uint8).view(torch.int32).view(*([depth] if depth > 1 else []), 16)
+            expected = 5 + (A.to(torch.int32).view(depth, 1, 4) * codes).sum(dim=(0, 2))
+            for func in (TensorIntrin.get(name).desc, TensorIntrin.get(name).impl):
+                out = torch.full((16,), 5, dtype=torch.int32)
+                run(func, A, Q, out)
+                assert torch.equal(out, expected.to(torch.int32))
 
 
 @pytest.mark.parametrize("width", [2, 4, 8, 16])

@@ -8,11 +8,16 @@ import pytest
 from bitblas import MatmulConfig, UnsupportedError, build
 from bitblas.formats import FORMATS
 from bitblas.layout import PackedLayout
-from bitblas.plan import plan_matmul
+from bitblas.plan import native_layout, plan_matmul
 from bitblas.schedule import RULES, Problem, Tiling, select_rule
+from bitblas.schedule.dots import DOT_UNITS
 from bitblas.target import Target, resolve_target
 
 AVX512, AVX2, BASELINE = (resolve_target(name) for name in ("x86-64-v4", "haswell", "x86-64"))
+VNNI, AVX_VNNI, NEON, OLD_NEON = (
+    resolve_target(name) for name in ("cascadelake", "alderlake", "neoverse-n1", "cortex-a72")
+)
+INTEGERS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
 
 
 def config(w_dtype="uint4", **changes):
@@ -26,7 +31,7 @@ def find_rule(name):
 
 def problem(target=AVX512, m=1, **changes):
     cfg = config(**changes)
-    return Problem(cfg, PackedLayout.native(cfg.N, cfg.K, cfg.format), target, m)
+    return Problem(cfg, native_layout(cfg, target), target, m)
 
 
 def compiled(cfg, target):
@@ -35,43 +40,87 @@ def compiled(cfg, target):
     return executable.mod.inspect_source("asm"), script
 
 
+FLOATS = {AVX512: "avx512", VNNI: "avx512", AVX2: "avx2", AVX_VNNI: "avx2", NEON: "neon", BASELINE: "generic"}
+DOTS = {VNNI: "avx512_vnni", AVX_VNNI: "avx_vnni", NEON: "neon_dot"}
+
+
+@pytest.mark.parametrize(("m", "suffix"), [(1, "small_m"), (4, "small_m"), (5, "gemm"), (1024, "gemm")])
+@pytest.mark.parametrize(("target", "unit"), FLOATS.items(), ids=str)
+def test_floats_take_the_widest_vectors(target, unit, m, suffix):
+    assert select_rule(RULES, problem(target, m)).name == f"{unit}_{suffix}"
+
+
+@pytest.mark.parametrize(("m", "suffix"), [(1, "small_m"), (4, "small_m"), (5, "gemm"), (1024, "gemm")])
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("target", [*DOTS, AVX512, AVX2, OLD_NEON, BASELINE], ids=str)
+def test_integers_take_the_best_instruction_for_bytes(target, name, m, suffix):
+    unit = DOTS.get(target)
+    if unit is None and FORMATS[name].bits < 8:
+        unit = {AVX512: "avx512_maddubs", AVX2: "avx2_maddubs"}.get(target)
+    unit = unit or FLOATS.get(target, "neon")
+    subject = problem(target, m, w_dtype=name, A_dtype="int8")
+    assert select_rule(RULES, subject).name == f"{unit}_{suffix}"
+    assert (subject.layout.name == "dots") == (unit in {row.name for row in DOT_UNITS})
+
+
 @pytest.mark.parametrize(
-    ("target", "m", "name"),
+    "changes",
     [
-        (AVX512, 1, "avx512_small_m"),
-        (AVX512, 4, "avx512_small_m"),
-        (AVX512, 5, "avx512_gemm"),
-        (AVX512, 1024, "avx512_gemm"),
-        (AVX2, 1, "generic_llvm"),
-        (BASELINE, 64, "generic_llvm"),
+        {"A_dtype": "float16"},
+        {"w_dtype": "nf4"},
+        {"N": 40},
+        {"K": 132, "group_size": -1},
+        {"group_size": 4},
+        {"w_dtype": "uint1", "group_size": 16},
     ],
+    ids=str,
 )
-def test_the_first_rule_that_fits_is_taken(target, m, name):
-    assert select_rule(RULES, problem(target, m)).name == name
+def test_what_does_not_fit_words_of_four_bytes_is_multiplied_in_floats(changes):
+    subject = problem(VNNI, **{"A_dtype": "int8", **changes})
+    assert subject.layout.name != "dots"
+    assert select_rule(RULES, subject).name == "avx512_small_m"
 
 
 def test_each_rule_that_declines_says_why():
     assert "avx512f" in find_rule("avx512_gemm").decline(problem(AVX2))
     assert "at most 4 rows, not 5" in find_rule("avx512_small_m").decline(problem(AVX512, 5))
+    wide, dots = problem(AVX2, w_dtype="uint8", A_dtype="int8"), problem(VNNI, A_dtype="int8")
+    assert "layout dots, not lanes" in find_rule("avx512_vnni_gemm").decline(problem(VNNI))
+    assert "layout lanes or packed, not dots" in find_rule("generic_gemm").decline(dots)
+    assert "saturates with codes of more than 7 bits" in DOT_UNITS[3].decline(wide.config.format, AVX2)
+    both = (find_rule("avx512_small_m"), find_rule("avx512_gemm"))
     with pytest.raises(UnsupportedError, match=r"avx512_small_m: needs avx512f.*\n  avx512_gemm: needs avx512f"):
-        select_rule(RULES[:2], problem(AVX2))
+        select_rule(both, problem(AVX2))
+    with pytest.raises(UnsupportedError, match="is for llvm targets, not cuda -arch=sm_90"):
+        select_rule(RULES, problem(resolve_target("cuda -arch=sm_90")))
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("unit", [unit for unit in DOT_UNITS if unit.instruction == "vpmaddubsw"], ids=lambda u: u.name)
+@pytest.mark.parametrize("name", [name for name in INTEGERS if FORMATS[name].bits < 8])
+def test_sums_of_pairs_never_leave_16_bits(unit, name):
+    fmt = FORMATS[name]
+    largest = max(abs(fmt.value_range[0] + (1 if name == "int1" else fmt.code_offset)), fmt.value_range[1]
+                  + (1 if name == "int1" else fmt.code_offset))  # fmt: skip
+    depth = unit.depth(fmt)
+    assert depth & (depth - 1) == 0
+    assert depth * 2 * 128 * largest <= 1 << 15
+
+
+@pytest.mark.parametrize("target", [*FLOATS, OLD_NEON], ids=str)
+@pytest.mark.parametrize("a_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("n", [5, 16, 48, 64, 4096])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 64])
-def test_tilings_are_legal_and_differ(rule, n, m):
-    subject = problem(AVX512, m, N=n)
-    if rule.decline(subject):
-        pytest.skip("the rule declines")
-    tilings = rule.tilings(subject)
+def test_tilings_are_legal_and_differ(target, a_dtype, n, m):
+    subject = problem(target, m, N=n, A_dtype=a_dtype)
+    tilings = select_rule(RULES, subject).tilings(subject)
     assert tilings
     assert len(set(tilings)) == len(tilings)
     for tiling in tilings:
         assert tiling.block_n % 16 == 0
         assert tiling.block_m >= 1
         assert tiling.block_n <= 16 * subject.lane_blocks
-        assert subject.config.group % tiling.chunk(subject.config) == 0
+        assert subject.config.group % tiling.chunk(subject.config, subject.layout) == 0
+        assert bool(tiling.dot) == (subject.layout.name == "dots")
         assert tiling.slab_m % tiling.block_m == 0
         assert tiling.slab_m == 0 or tiling.slab_m >= 512
 
@@ -90,7 +139,26 @@ def test_tilings_are_legal_and_differ(rule, n, m):
     ],
 )
 def test_a_chunk_divides_its_group_or_ends_beyond_k_and_keeps_integers_exact(changes, tiling, chunk):
-    assert tiling.chunk(config(**changes)) == chunk
+    assert tiling.chunk(config(**changes), PackedLayout(64, config(**changes).K, 4, "packed")) == chunk
+
+
+@pytest.mark.parametrize(
+    ("w_dtype", "K", "group", "tiling", "chunk"),
+    [
+        ("uint4", 128, 32, Tiling(1, 16, 8, dot="u8s8"), 32),
+        ("uint4", 4096, -1, Tiling(8, 16, 8, chunk_k=512, dot="u8s8"), 512),
+        ("uint1", 11008, -1, Tiling(8, 16, 8, chunk_k=512, dot="u8s8"), 256),  # 344 is no multiple of 32
+        ("uint8", 4 * 1009, -1, Tiling(8, 16, 8, chunk_k=512, dot="u8s8"), 512),
+        ("uint4", 1 << 17, -1, Tiling(1, 16, 8, dot="u8s8"), 1 << 16),
+        ("uint8", 8 * 1009, 4 * 1009, Tiling(8, 16, 8, chunk_k=512, dot="u8s8"), 4 * 1009),
+    ],
+)
+def test_a_chunk_of_dot_products_ends_with_a_word(w_dtype, K, group, tiling, chunk):
+    cfg = config(w_dtype, K=K, group_size=group, A_dtype="int8")
+    layout = PackedLayout(cfg.N, K, cfg.format.bits, "dots")
+    found = tiling.chunk(cfg, layout)
+    assert found == chunk
+    assert found % layout.unit == 0
 
 
 def test_equal_kernels_are_shared_between_buckets():
@@ -139,8 +207,9 @@ def test_the_pass_reports_every_reason_when_all_rules_decline():
     from bitblas.transform import ApplyDefaultSchedule
 
     mod = build.expression_module(plan_matmul(config(), AVX512))
+    both = (find_rule("avx512_small_m"), find_rule("avx512_gemm"))
     with pytest.raises(RuntimeError, match=r"no schedule rule(.|\n)*avx512_small_m: needs(.|\n)*avx512_gemm: needs"):
-        ApplyDefaultSchedule(RULES[:2], AVX2)(mod)
+        ApplyDefaultSchedule(both, AVX2)(mod)
 
 
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.bits <= 4])
@@ -161,11 +230,32 @@ def test_no_scalar_arithmetic_where_nothing_is_padded(name, target):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("target", [AVX2, BASELINE], ids=["avx2", "baseline"])
+@pytest.mark.parametrize("target", [AVX2, BASELINE, OLD_NEON], ids=str)
 def test_every_format_compiles_on_targets_without_avx512(name, target):
     assembly, script = compiled(config(name, M=[1, 16], N=40, K=24, group_size=8), target)
     assert "zmm" not in assembly
-    assert "llvm.x86" not in script
+    assert "avx512" not in script
+    if target is not AVX2:
+        assert "llvm.x86" not in script
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [(VNNI, r"vpdpbusd.*zmm"), (AVX_VNNI, r"vpdpbusd.*ymm"), (NEON, "sdot"), (AVX512, r"vpmaddubsw.*zmm")],
+    ids=str,
+)
+def test_bytes_are_multiplied_four_at_a_time(target, instruction, name):
+    if target is AVX512 and FORMATS[name].bits == 8:
+        pytest.skip("products of 8-bit codes do not fit 16 bits")
+    assembly, _ = compiled(config(name, M=[1, 16], A_dtype="int8", out_dtype="float32"), target)
+    assert re.search(instruction, assembly)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4_e2m1", "uint2", "int3"])
+def test_avx2_looks_codes_up(name):
+    _, script = compiled(config(name, M=[1, 16]), AVX2)
+    assert "llvm.x86.avx2.permps" in script
 
 
 def test_loads_assume_no_alignment():

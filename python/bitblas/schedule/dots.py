@@ -1,0 +1,139 @@
+"""Rules for int8 activations times integers, by instructions that add four products of bytes at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..config import MatmulConfig
+from ..formats import DataFormat
+from ..layout import LANES, dots_unit
+from ..target import Target
+from .rule import Problem, ScheduleRule, Tiling
+from .tilings import SMALL_M, decode_in_registers, decode_to_panel, small_shapes, sum_shapes, tall_shapes
+
+if TYPE_CHECKING:
+    from tvm import tirx
+    from tvm.s_tir import Schedule
+
+#: k that are decoded into a panel of bytes at a time: 512 · 64 columns are 32 KB.
+_PANEL_K = 512
+
+
+@dataclass(frozen=True)
+class DotUnit:
+    """An instruction that adds products of bytes.
+
+    Attributes
+    ----------
+    name : str
+        What rules are called after.
+    feature : str
+        The instruction set that it needs.
+    instruction : str
+        Its row in `bitblas.schedule.intrinsics.DOT_INSTRUCTIONS`.
+    dot : str
+        What it multiplies: see `Tiling`.
+    vector_lanes : int
+        Lanes of int32 in its registers.
+    most_bits : int
+        Widest codes that it multiplies exactly.
+    """
+
+    name: str
+    feature: str
+    instruction: str
+    dot: str
+    vector_lanes: int
+    most_bits: int = 8
+
+    def decline(self, fmt: DataFormat, target: Target) -> str | None:
+        """Say why it does not serve codes of a format on a target; None where it does."""
+        if self.feature not in target.features:
+            return f"needs {self.feature}, which {target} lacks"
+        if fmt.bits > self.most_bits:
+            return f"{self.instruction} saturates with codes of more than {self.most_bits} bits, as in {fmt.name}"
+        return None
+
+    def depth(self, fmt: DataFormat) -> int:
+        """Words that are added before they are widened to 32 bits: as many as 16 bits hold, a power of two."""
+        if self.instruction != "vpmaddubsw":
+            return 1
+        largest = 2 if fmt.name == "int1" else (1 << fmt.bits) - 1
+        most = (1 << 15) // (2 * 128 * largest)
+        return 1 << min(most, 16).bit_length() - 1
+
+
+#: The order is the policy: the first that a target has is taken.
+DOT_UNITS: tuple[DotUnit, ...] = (
+    DotUnit("avx512_vnni", "avx512vnni", "vpdpbusd", "u8s8", 16),
+    DotUnit("avx_vnni", "avxvnni", "vpdpbusd", "u8s8", 8),
+    DotUnit("avx512_maddubs", "avx512bw", "vpmaddubsw", "u8s8", 16, most_bits=7),
+    DotUnit("avx2_maddubs", "avx2", "vpmaddubsw", "u8s8", 8, most_bits=7),
+    DotUnit("neon_dot", "dotprod", "sdot", "s8s8", 4),
+)
+
+
+def takes_dots(config: MatmulConfig, target: Target) -> bool:
+    """Whether the weights of `config` should lie as dot products on `target` read them."""
+    if not config.integer_products or config.N % LANES:
+        return False
+    group = config.group if config.is_grouped else config.K
+    return group % dots_unit(config.format.bits) == 0 and any(
+        unit.decline(config.format, target) is None for unit in DOT_UNITS
+    )
+
+
+class _DotRule(ScheduleRule):
+    layouts = ("dots",)
+
+    def __init__(self, unit: DotUnit, suffix: str) -> None:
+        self.unit, self.name = unit, f"{unit.name}_{suffix}"
+
+    def decline(self, problem: Problem) -> str | None:
+        return super().decline(problem) or self.unit.decline(problem.config.format, problem.target)
+
+    def finish(self, tilings: list[Tiling]) -> list[Tiling]:
+        return [replace(tiling, dot=self.unit.dot) for tiling in tilings]
+
+    def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
+        from .intrinsics import dot_quads
+        from .lanes import Intrinsics, schedule_lanes
+
+        unit = self.unit
+
+        def dot(depth: int) -> str:
+            return dot_quads(unit.instruction, unit.vector_lanes, unit.dot, depth)
+
+        return schedule_lanes(func, problem, tiling, Intrinsics(dot=dot, depth=unit.depth(problem.config.format)))
+
+
+class DotSmallM(_DotRule):
+    """Up to four rows: codes are split in registers, all rows at once."""
+
+    def __init__(self, unit: DotUnit) -> None:
+        super().__init__(unit, "small_m")
+
+    def decline(self, problem: Problem) -> str | None:
+        """See `ScheduleRule`."""
+        reason = super().decline(problem)
+        if reason is None and problem.m > SMALL_M:
+            reason = f"is for at most {SMALL_M} rows, not {problem.m}"
+        return reason
+
+    def tilings(self, problem: Problem) -> list[Tiling]:
+        """See `ScheduleRule`."""
+        most = sum_shapes(problem.target, self.unit.vector_lanes)[0]
+        return self.finish(decode_in_registers(problem, small_shapes(most, problem.m)))
+
+
+class DotGemm(_DotRule):
+    """Any number of rows: codes are split once, into a panel of bytes."""
+
+    def __init__(self, unit: DotUnit) -> None:
+        super().__init__(unit, "gemm")
+
+    def tilings(self, problem: Problem) -> list[Tiling]:
+        """See `ScheduleRule`."""
+        shapes = tall_shapes(*sum_shapes(problem.target, self.unit.vector_lanes), problem.m)
+        return self.finish(decode_to_panel(problem, shapes, _PANEL_K))
