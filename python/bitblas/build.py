@@ -16,6 +16,7 @@ from . import env
 from ._version import __version__
 from .errors import BuildError
 from .layout import LANES
+from .logs import progress
 from .plan import MatmulPlan
 from .sources import source_digest, source_dir
 
@@ -28,6 +29,9 @@ LIBRARY, SCRIPT, SOURCE = "kernel.so", "schedule.py", "kernel.ll"
 
 #: The distribution that compiles; a machine that only loads artifacts does without.
 COMPILER = "apache-tvm"
+
+#: What `compile_plan` goes through.
+COMPILE_STEPS = ("loading TVM", "scheduling", "compiling")
 
 _COMPILERS = ("cc", "gcc", "clang")
 
@@ -63,7 +67,7 @@ def toolchain() -> dict[str, str]:
 def _generator_digest() -> str:
     """Digest of the modules that write kernels, so that a change to one of them never meets an older artifact."""
     package = Path(__file__).parent
-    names = ("formats", "target", "config", "layout", "transform", "plan", "lowering", "build")
+    names = ("formats", "machines", "target", "config", "layout", "transform", "plan", "lowering", "build")
     modules = [package / f"{name}.py" for name in names]
     modules += [path for room in ("expr", "schedule") for path in sorted((package / room).glob("*.py"))]
     digest = hashlib.sha256()
@@ -98,8 +102,17 @@ def scheduled_module(plan: MatmulPlan) -> tvm.IRModule:
     return schedule(expression_module(plan))
 
 
-def compile_plan(plan: MatmulPlan) -> tuple[tvm.runtime.Executable, str]:
+def compile_plan(
+    plan: MatmulPlan, step: Callable[[str], None] = lambda name: None
+) -> tuple[tvm.runtime.Executable, str]:
     """Compile in this process.
+
+    Parameters
+    ----------
+    plan : MatmulPlan
+        What to compile.
+    step : callable
+        Told the name of each step of `COMPILE_STEPS` as it begins.
 
     Returns
     -------
@@ -111,6 +124,7 @@ def compile_plan(plan: MatmulPlan) -> tuple[tvm.runtime.Executable, str]:
     BuildError
         TVM is not installed, or fails.
     """
+    step("loading TVM")
     try:
         import tvm
     except ImportError as error:
@@ -121,7 +135,9 @@ def compile_plan(plan: MatmulPlan) -> tuple[tvm.runtime.Executable, str]:
     from .lowering import PIPELINE
 
     try:
+        step("scheduling")
         mod = scheduled_module(plan)
+        step("compiling")
         # operators check what users hand over; a second check of each tensor would cost as much as the launch
         with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
             return tvm.compile(mod, target=plan.target.as_tvm(), tir_pipeline=PIPELINE), mod.script()
@@ -137,7 +153,13 @@ def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> None:
     BuildError
         TVM or the C compiler failed; with the command and its output.
     """
-    executable, script = compile_plan(plan)
+    with progress(f"building {plan.describe()}", len(COMPILE_STEPS) + 1) as step:
+        executable, script = compile_plan(plan, step)
+        step("linking")
+        _write(executable, script, directory, compiler)
+
+
+def _write(executable: tvm.runtime.Executable, script: str, directory: Path, compiler: str) -> None:
     (directory / SCRIPT).write_text(script)
     (directory / SOURCE).write_text(executable.mod.inspect_source("ll"))
     executable.export_library(str(directory / LIBRARY), fcompile=_linker(compiler))

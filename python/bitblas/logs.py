@@ -1,9 +1,11 @@
-"""The logger of bitblas: quiet by default, on standard error until the application configures logging itself."""
+"""The logger of bitblas and its progress bars: quiet by default, on standard error until the application says otherwise."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from . import env
@@ -11,6 +13,9 @@ from .errors import ConfigError
 
 _LOGGER = logging.getLogger("bitblas")
 _LEVELS = {name: getattr(logging, name) for name in env.LOG_LEVELS} | {"WARN": logging.WARNING, "FATAL": logging.FATAL}
+
+#: Seconds that may pass without a word.
+_PATIENCE_SECONDS = 1.0
 
 _warned: dict[str, object] = {}
 
@@ -61,6 +66,40 @@ def set_log_level(level: str | int) -> None:
     if isinstance(level, str):
         level = _LEVELS.get(level.strip().upper(), logging.INFO)
     _LOGGER.setLevel(level)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on a terminal for what takes longer than a second.
+
+    Parameters
+    ----------
+    what : str
+        What is going on.
+    total : int
+        How many steps it has.
+
+    Yields
+    ------
+    callable
+        To be called with the name of each step as it begins; the one before it is then done.
+    """
+    from tqdm import tqdm  # only here: it would take a fifth of `import bitblas`
+
+    # disable=None: only where standard error is a terminal
+    with tqdm(total=total, desc=what, delay=_PATIENCE_SECONDS, disable=None, leave=False) as bar:
+        begun = False
+
+        def step(name: str) -> None:
+            nonlocal begun
+            bar.set_postfix_str(name, refresh=False)
+            if begun:
+                bar.update()
+            begun = True
+
+        yield step
+        if begun:
+            bar.update()
 
 
 def warn_once(key: str, message: str, *args: object) -> None:

@@ -68,6 +68,14 @@ class MatmulPlan:
             "kernels": [kernel.fields() for kernel in self.kernels],
         }
 
+    def describe(self) -> str:
+        """What is computed, for which buckets, and by which instructions: for messages."""
+        config, buckets = self.config, ", ".join(str(m) for m, _ in self.buckets)
+        return (
+            f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, N={config.N} K={config.K} for buckets {buckets} "
+            f"on {self.target.isa}"
+        )
+
     @property
     def largest_block_m(self) -> int:
         """Rows that a kernel computes beyond M at most."""
@@ -84,6 +92,13 @@ def native_layout(config: MatmulConfig, target: Target) -> PackedLayout:
     if takes_dots(config, target):
         return PackedLayout(config.N, config.K, config.format.bits, "dots")
     return PackedLayout.native(config.N, config.K, config.format)
+
+
+def rule_names(config: MatmulConfig, target: Target) -> list[str]:
+    """The rules that serve the buckets of `config` on `target`, each once."""
+    layout = native_layout(config, target)
+    problems = (Problem(config, layout, target, m) for m in config.buckets)
+    return list(dict.fromkeys(select_rule(RULES, problem).name for problem in problems))
 
 
 def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling] | None = None) -> MatmulPlan:

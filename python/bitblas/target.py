@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import env
 from .errors import ConfigError, UnsupportedError
+from .machines import ARM_CPUS, CARDS, LEVELS, NEON, X86_CPUS
 
 #: Instruction sets that rules ask for, in LLVM's names, by the name under which Linux lists them.
 _LINUX_FLAGS = {
@@ -37,57 +38,6 @@ _LINUX_FLAGS = {
     "asimddp": "dotprod",
     "i8mm": "i8mm",
 }
-_V2 = frozenset({"sse4.2", "ssse3", "popcnt"})
-_V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma"}
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_ICELAKE = _V4 | {"avx512vnni", "avx512vbmi"}
-_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("x86-64-v4", _V4),
-    ("x86-64-v3", _V3),
-    ("x86-64-v2", _V2),
-    ("x86-64", frozenset()),
-)
-
-_NEON = frozenset({"neon"})
-_DOTPROD = _NEON | {"dotprod"}
-
-#: What the CPUs that people name have, so that a warm operator needs no compiler to know it. Others are asked of LLVM.
-_CPUS: dict[str, frozenset[str]] = {
-    **dict(_LEVELS),
-    "nehalem": _V2,
-    "haswell": _V3,
-    "broadwell": _V3,
-    "skylake": _V3,
-    "alderlake": _V3 | {"avxvnni"},
-    "raptorlake": _V3 | {"avxvnni"},
-    "znver1": _V3,
-    "znver2": _V3,
-    "znver3": _V3,
-    "skylake-avx512": _V4,
-    "cascadelake": _V4 | {"avx512vnni"},
-    "cooperlake": _V4 | {"avx512vnni", "avx512bf16"},
-    "icelake-client": _ICELAKE,
-    "icelake-server": _ICELAKE,
-    "rocketlake": _ICELAKE,
-    "tigerlake": _ICELAKE,
-    "sapphirerapids": _ICELAKE | {"avx512bf16", "avxvnni"},
-    "znver4": _ICELAKE | {"avx512bf16"},
-    "znver5": _ICELAKE | {"avx512bf16", "avxvnni"},
-}
-_ARM_CPUS: dict[str, frozenset[str]] = {
-    "generic": _NEON,
-    "cortex-a53": _NEON,
-    "cortex-a72": _NEON,
-    "cortex-a76": _DOTPROD,
-    "cortex-a78": _DOTPROD,
-    "cortex-x2": _DOTPROD | {"i8mm"},
-    "neoverse-n1": _DOTPROD,
-    "neoverse-n2": _DOTPROD | {"i8mm"},
-    "neoverse-v1": _DOTPROD | {"i8mm"},
-    "neoverse-v2": _DOTPROD | {"i8mm"},
-    "apple-m1": _DOTPROD,
-    "apple-m2": _DOTPROD | {"i8mm"},
-}
 _ARM = ("aarch64", "arm64")
 
 #: Options of TVM's targets that say nothing that a rule asks for.
@@ -96,37 +46,6 @@ _IGNORED = frozenset(
     | {"max_num_threads", "max_threads_per_block", "max_shared_memory_per_block", "thread_warp_size"}
     | {"registers_per_block", "l2_cache_size_bytes", "jit", "vector-width", "mabi", "mfloat-abi"}
 )
-
-#: Compute capabilities by the name of the card. Source: https://developer.nvidia.com/cuda-gpus
-_CARDS = {
-    "tesla-v100": "sm_70",
-    "nvidia-t4": "sm_75",
-    "geforce-rtx-2080-ti": "sm_75",
-    "nvidia-a100": "sm_80",
-    "nvidia-a30": "sm_80",
-    "nvidia-a10": "sm_86",
-    "nvidia-a10g": "sm_86",
-    "nvidia-a40": "sm_86",
-    "nvidia-rtx-a6000": "sm_86",
-    "geforce-rtx-3060": "sm_86",
-    "geforce-rtx-3070": "sm_86",
-    "geforce-rtx-3080": "sm_86",
-    "geforce-rtx-3090": "sm_86",
-    "geforce-rtx-3090-ti": "sm_86",
-    "jetson-agx-orin": "sm_87",
-    "nvidia-l4": "sm_89",
-    "nvidia-l40": "sm_89",
-    "nvidia-l40s": "sm_89",
-    "nvidia-rtx-6000-ada": "sm_89",
-    "geforce-rtx-4070": "sm_89",
-    "geforce-rtx-4080": "sm_89",
-    "geforce-rtx-4090": "sm_89",
-    "nvidia-h100": "sm_90",
-    "nvidia-h200": "sm_90",
-    "nvidia-gh200": "sm_90",
-    "nvidia-b200": "sm_100",
-    "geforce-rtx-5090": "sm_120",
-}
 
 
 @dataclass(frozen=True)
@@ -282,7 +201,7 @@ def _parse(text: str) -> dict[str, object]:
 
 def _from_spec(spec: dict[str, object], given: object) -> Target:
     kind = str(spec.get("kind", ""))
-    if kind in _CPUS or kind in _ARM_CPUS:
+    if kind in X86_CPUS or kind in ARM_CPUS:
         spec, kind = {**spec, "mcpu": kind}, "llvm"
     if kind.startswith("nvidia/"):
         spec, kind = {**spec, "arch": _card(kind.removeprefix("nvidia/"), given)}, "cuda"
@@ -290,7 +209,7 @@ def _from_spec(spec: dict[str, object], given: object) -> Target:
     if allowed is None:
         raise ConfigError(
             f"target is {given!r}; allowed: llvm, optionally with -mcpu and -mattr, cuda with -arch, nvidia/CARD, or one of "
-            f"{', '.join((*_CPUS, *_ARM_CPUS))}"
+            f"{', '.join((*X86_CPUS, *ARM_CPUS))}"
         )
     unknown = set(spec) - {"kind"} - allowed - _IGNORED
     if unknown:
@@ -310,9 +229,9 @@ def _llvm(spec: dict[str, object], given: object) -> Target:
             return Target("llvm", host.arch, host.mcpu, (*host.mattr, *mattr))
         mcpu = "generic" if arch in _ARM else arch.replace("_", "-")
     if not arch:
-        named_arm = mcpu in _ARM_CPUS and (mcpu != "generic" or platform.machine() in _ARM)
+        named_arm = mcpu in ARM_CPUS and (mcpu != "generic" or platform.machine() in _ARM)
         arch = platform.machine() if not named_arm or platform.machine() in _ARM else "aarch64"
-    if mcpu in (_CPUS if arch in _ARM else _ARM_CPUS) and mcpu != "generic":
+    if mcpu in (X86_CPUS if arch in _ARM else ARM_CPUS) and mcpu != "generic":
         raise ConfigError(f"target is {given!r}: {mcpu} is no CPU of {arch}")
     _cpu_features(mcpu, arch)  # refuses an unknown CPU here, where LLVM would end the process
     return Target("llvm", arch, mcpu, mattr)
@@ -331,11 +250,11 @@ def _cuda(spec: dict[str, object], given: object) -> Target:
 
 
 def _card(name: str, given: object) -> str:
-    if name in _CARDS:
-        return _CARDS[name]
+    if name in CARDS:
+        return CARDS[name]
     from thefuzz import process  # only here: nobody who spells well pays for it
 
-    found = process.extractOne(name, list(_CARDS))
+    found = process.extractOne(name, list(CARDS))
     raise ConfigError(
         f"target is {given!r}: {name!r} is no card that is known here. Did you mean 'nvidia/{found[0]}'? Or give the compute "
         "capability, as in 'cuda -arch=sm_90'"
@@ -365,7 +284,7 @@ def _mattr(value: object, given: object) -> tuple[str, ...]:
 
 @cache
 def _cpu_features(mcpu: str, arch: str) -> frozenset[str]:
-    table = _ARM_CPUS if arch in _ARM else _CPUS
+    table = ARM_CPUS if arch in _ARM else X86_CPUS
     if mcpu in table:
         return table[mcpu]
     import tvm
@@ -385,7 +304,7 @@ def host_features() -> frozenset[str]:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return _NEON if platform.machine() in _ARM else frozenset()
+        return NEON if platform.machine() in _ARM else frozenset()
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip().lower() in ("flags", "features"):
@@ -403,7 +322,7 @@ def host_target() -> Target:
     machine, features = platform.machine(), host_features()
     if machine in _ARM:
         return Target("llvm", machine, "generic", tuple(f"+{name}" for name in sorted(features - {"neon"})))
-    for level, needed in _LEVELS:
+    for level, needed in LEVELS:
         if needed <= features:
             return Target("llvm", machine, level, tuple(f"+{name}" for name in sorted(features - needed)))
     raise UnsupportedError(f"no CPU target for {machine!r}; name one in BITBLAS_TARGET")

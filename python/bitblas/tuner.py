@@ -18,7 +18,7 @@ from .build import toolchain
 from .config import MatmulConfig
 from .errors import BuildError
 from .layout import PackedLayout
-from .logs import get_logger
+from .logs import get_logger, progress
 from .plan import MatmulPlan, native_layout, plan_matmul
 from .runtime import Kernels
 from .schedule import RULES, Problem, Tiling, select_rule
@@ -126,8 +126,6 @@ def tune(
     BuildError
         Not one candidate of a bucket could be built.
     """
-    from tqdm import tqdm  # only here: it would take a fifth of `import bitblas`
-
     config = config.kernel
     layout = native_layout(config, target)
     candidates: dict[int, list[Tiling]] = {}
@@ -136,18 +134,17 @@ def tune(
         candidates[m] = select_rule(RULES, problem).tilings(problem)[: max(1, topk)]
     found: dict[int, TunedBucket] = {}
     total, what = sum(map(len, candidates.values())), f"tuning {config.N}x{config.K} {config.W_dtype}"
-    with tqdm(total=total, desc=what, disable=None) as bar:  # None: shown where there is a terminal
+    with progress(what, total) as step:
         for m, tilings in candidates.items():
             seconds = []
             for tiling in tilings:
-                bar.set_postfix_str(f"m={m}")
+                step(f"m={m}")
                 try:
                     kernels = build(plan_matmul(replace(config, M=m), target, {m: tiling}))
                 except BuildError as error:
                     get_logger().warning("tuning lost %s for m=%d: %s", tiling, m, error)
                 else:
                     seconds.append((tiling, time_rows(kernels, m)))
-                bar.update()
             if not seconds:
                 raise BuildError(f"tuning: none of {len(tilings)} tilings for m={m} could be built")
             found[m] = TunedBucket(min(seconds, key=lambda pair: pair[1])[0], tuple(seconds))
@@ -155,7 +152,7 @@ def tune(
 
 
 def _record_path(config: MatmulConfig, target: Target) -> Path:
-    key = artifact_key({"config": config.fields(), "target": target.fields(), "toolchain": toolchain()})
+    key = artifact_key({"config": config.kernel.fields(), "target": target.fields(), "toolchain": toolchain()})
     return env.CACHE_DIR.get() / "tuning" / f"{key}.json"
 
 

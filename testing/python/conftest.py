@@ -64,7 +64,7 @@ def store(tmp_path):
 
 @pytest.fixture(scope="session")
 def build():
-    """Operators for this CPU by config, each built once."""
+    """Operators by config and target, this CPU where none is named, each built once."""
     import bitblas
 
-    return functools.cache(lambda config: bitblas.Matmul(config, target="llvm"))
+    return functools.cache(lambda config, target="llvm": bitblas.Matmul(config, target=target))

@@ -16,6 +16,9 @@ import torch
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 _HALF_SUBNORMAL = {"float16": 2.0**-25, "bfloat16": 2.0**-134, "float32": 2.0**-150}
 _INTEGERS = ("int8", "int32")
+#: Activations that are integers, and those of at most 8 bits, beside which scales are floats of another dtype.
+_INTEGER_A = ("int8", "int4")
+_NARROW_A = (*_INTEGER_A, "float8_e4m3", "float8_e5m2")
 
 #: QLoRA, arXiv:2305.14314, appendix E.
 NF4 = [
@@ -108,6 +111,20 @@ def as_weights(codes: torch.Tensor, fmt: str) -> torch.Tensor:
     if fmt.startswith("int"):
         return decode(codes, fmt).to(torch.int8)
     return codes.to(torch.uint8)
+
+
+def held(name: str) -> torch.dtype:
+    """The torch dtype in which activations of a dtype are held."""
+    return {"int4": torch.int8, "float8_e4m3": torch.float8_e4m3fn}.get(name) or getattr(torch, name)
+
+
+def pairs(A: torch.Tensor) -> torch.Tensor:
+    """int8 (..., K) values from -8 to 7 -> int8 (..., ceil(K / 2)), two to a byte, the first in the low bits."""
+    if A.shape[-1] % 2:
+        A = torch.cat([A, torch.zeros_like(A[..., :1])], dim=-1)
+    values = A.to(torch.int64) % 16
+    joined = values[..., 0::2] + 16 * values[..., 1::2]
+    return torch.where(joined > 127, joined - 256, joined).to(torch.int8)
 
 
 # -- bit streams -----------------------------------------------------------------------------------------------------------
@@ -236,15 +253,15 @@ def _draw_activations(cfg: object, m: int, exact: bool, generator: torch.Generat
     shape = (m, cfg.K)
     if exact:  # no zeros, so that no flipped code hides
         sign = 2 * _randint(0, 1, shape, generator) - 1
-        return (sign * _randint(1, 3, shape, generator)).to(getattr(torch, cfg.A_dtype))
-    if cfg.A_dtype != "int8":
-        return torch.randn(shape, generator=generator).to(getattr(torch, cfg.A_dtype))
-    top = 127
+        return (sign * _randint(1, 3, shape, generator)).to(held(cfg.A_dtype))
+    if cfg.A_dtype not in _INTEGER_A:
+        return torch.randn(shape, generator=generator).to(held(cfg.A_dtype))
+    top = 7 if cfg.A_dtype == "int4" else 127
     limit = {"float16": 6e4, "int8": 3e2}.get(cfg.out_dtype)
     if limit is not None and not cfg.with_scaling:  # few results that saturate
         largest = max(1.0, _largest(cfg.W_dtype))
-        top = int(min(127, max(1, limit / (2 * largest * math.sqrt(cfg.K)))))
-    return _randint(-top - (top == 127), top, shape, generator).to(torch.int8)
+        top = int(min(top, max(1, limit / (2 * largest * math.sqrt(cfg.K)))))
+    return _randint(-top - (top in (7, 127)), top, shape, generator).to(torch.int8)
 
 
 def _largest(fmt: str) -> float:
@@ -262,7 +279,7 @@ def _draw_scale(cfg: object, exact: bool, generator: torch.Generator) -> torch.T
     if exact:
         return sign * 2.0 ** _randint(-2, 1, shape, generator)
     size = 1.0 / _largest(cfg.W_dtype)
-    if cfg.A_dtype == "int8":
+    if cfg.A_dtype in _INTEGER_A:
         size *= {"int8": 4.0, "int32": 1e3}.get(cfg.out_dtype, 1.0) / math.sqrt(cfg.K)
     return sign * size * _uniform(0.5, 1.5, shape, generator)
 
@@ -310,14 +327,14 @@ def draw(
         Small integer activations, power-of-two scales, zeros and weights that are multiples of 1/4: float32 holds every
         partial sum, in any order, so that a result is bit-equal to the reference's.
     scale_dtype, bias_dtype : torch.dtype, optional
-        By default A's dtype and out_dtype, and float32 for the scale of an int8 A.
+        By default A's dtype and out_dtype, and float32 for the scale beside an A of at most 8 bits.
     """
     generator = torch.Generator().manual_seed(seed)
     cfg = config
     codes = _draw_codes(cfg, (cfg.N, cfg.K), exact, generator)
     A = _draw_activations(cfg, m, exact, generator)
     if scale_dtype is None:
-        scale_dtype = torch.float32 if cfg.A_dtype == "int8" else getattr(torch, cfg.A_dtype)
+        scale_dtype = torch.float32 if cfg.A_dtype in _NARROW_A else getattr(torch, cfg.A_dtype)
     problem = Problem(cfg, A, codes, seed=seed)
     if cfg.with_scaling:
         problem = replace(problem, scale=_draw_scale(cfg, exact, generator).to(scale_dtype))
@@ -355,7 +372,7 @@ def bound(problem: Problem) -> torch.Tensor:
     float32, which is why its term is absent. Integer operands are accumulated exactly, and an int8 A beside floats in float32.
     """
     cfg = problem.config
-    accum = "float32" if cfg.A_dtype == "int8" else cfg.accum_dtype
+    accum = "float32" if cfg.A_dtype in _INTEGER_A else cfg.accum_dtype
     u = 0.0 if problem.is_integer else ROUNDOFF[accum]
     allowed = 2 * math.sqrt(cfg.K) * u * problem.magnitude()
     if cfg.out_dtype in _INTEGERS:

@@ -79,7 +79,7 @@ def provide(plan: MatmulPlan) -> Provided:
             return _compile_in_memory(plan, key, began)
 
         def build(staging: Path) -> Mapping[str, object]:
-            get_logger().info("building %s for buckets %s on %s into %s", *_describe(plan), target_store.root)
+            get_logger().info("building %s into %s", plan.describe(), target_store.root)
             build_library(plan, staging, compiler)
             return {"library": LIBRARY, "plan": plan.fields(), "toolchain": toolchain(), "linker": compiler}
 
@@ -87,7 +87,7 @@ def provide(plan: MatmulPlan) -> Provided:
         origin = "compiled" if built else "loaded"
     kernels = load_kernels(artifact.file(LIBRARY), plan)
     seconds = time.perf_counter() - began
-    get_logger().info("%s %s for buckets %s on %s in %.3f s", origin, *_describe(plan), seconds)
+    get_logger().info("%s %s in %.3f s, kept in %s", origin, plan.describe(), seconds, artifact.path)
     return Provided(kernels, origin, seconds, artifact.file(SOURCE))
 
 
@@ -116,9 +116,3 @@ def _compile_in_memory(plan: MatmulPlan, key: str, began: float) -> Provided:
     source = executable.mod.inspect_source("ll")
     _in_memory[key] = Provided(kernels, "in memory", time.perf_counter() - began, source)
     return _in_memory[key]
-
-
-def _describe(plan: MatmulPlan) -> tuple[str, str, str]:
-    config = plan.config
-    what = f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, N={config.N} K={config.K}"
-    return what, ", ".join(str(m) for m, _ in plan.buckets), plan.target.isa

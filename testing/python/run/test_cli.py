@@ -81,7 +81,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_info", interrupt)
+    monkeypatch.setattr(cli.info, "run", interrupt)
     assert cli.main(["info"]) == 130
 
 
@@ -169,10 +169,10 @@ def test_info_with_malformed_variables():
 def test_info_without_packages(monkeypatch, capsys):
     def version(name):
         if name == "apache-tvm":
-            raise cli.metadata.PackageNotFoundError(name)
+            raise cli.info.metadata.PackageNotFoundError(name)
         return {"apache-tvm-ffi": "0.1.15.post2"}.get(name, "1.0")
 
-    monkeypatch.setattr(cli.metadata, "version", version)
+    monkeypatch.setattr(cli.info.metadata, "version", version)
     assert cli.main(["info", "--json"]) == 0
     facts = {fact["name"]: fact for fact in json.loads(capsys.readouterr().out)}
     assert facts["apache-tvm"]["value"] == "missing"
@@ -184,7 +184,7 @@ def test_info_survives_a_part_that_breaks(monkeypatch, capsys):
     def version(name):
         raise RuntimeError("broken metadata")
 
-    monkeypatch.setattr(cli.metadata, "version", version)
+    monkeypatch.setattr(cli.info.metadata, "version", version)
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "RuntimeError: broken metadata" in out

@@ -10,13 +10,20 @@ import torch
 import bitblas
 import reference
 from bitblas import ArgumentError, MatmulConfig, UnsupportedError
-from bitblas.config import A_DTYPES, ZEROS_MODES
+from bitblas.config import A_DTYPES, LAYOUTS, ZEROS_MODES
 from bitblas.formats import FORMATS
-from bitblas.layout import PackedLayout
-from bitblas.plan import plan_matmul
+from bitblas.ops.provider import plan_key
+from bitblas.plan import native_layout, plan_matmul
 from bitblas.schedule import RULES, Problem, select_rule
-from bitblas.target import resolve_target
+from bitblas.target import host_features, resolve_target
 
+#: This CPU, and less of it: each instruction set has rules of its own.
+X86 = [
+    name
+    for name in ("llvm", "cascadelake", "skylake-avx512", "alderlake", "haswell", "x86-64-v2")
+    if resolve_target(name).features <= host_features()
+]
+FLOATS = ("float16", "bfloat16", "float32")
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
 UNSIGNED = [name for name, fmt in FORMATS.items() if fmt.kind == "uint"]
 UGLY_ROWS = (0, 1, 2, 13, 16, 17, 257)
@@ -54,7 +61,7 @@ def ids(cases):
 def covering_formats():
     """Every format with every A; shapes, bias, scaling, and out_dtype in turn."""
     for i, (name, a_dtype) in enumerate(itertools.product(FORMATS, A_DTYPES)):
-        out_dtype = ("float32", a_dtype if a_dtype != "int8" else "float16", "bfloat16")[(i + i // 4) % 3]
+        out_dtype = ("float32", a_dtype if a_dtype in FLOATS else "float16", "bfloat16")[(i + i // 4) % 3]
         yield name, a_dtype, out_dtype, (i + i // 8) % len(SHAPES), (i // 3) % 2 == 0, i % 5 != 0
 
 
@@ -77,7 +84,7 @@ def covering_zeros():
         yield (
             name,
             mode,
-            A_DTYPES[(i + i // 3) % 4],
+            A_DTYPES[(i + i // 3) % len(A_DTYPES)],
             (i + i // 8) % len(SHAPES),
             i % 4 == 0,
             i % 3 != 2 or mode == "rescale",
@@ -97,7 +104,14 @@ def covering_groups():
     for i, (group, mode, bias) in enumerate(
         itertools.product((-1, 1, 2, 4, 8, 24, 48), (None, *ZEROS_MODES), (False, True))
     ):
-        yield group, mode, bias, names[i % 5], A_DTYPES[(i + i // 4) % 4], ((32, 48), (21, 48))[(i + i // 2) % 2]
+        yield (
+            group,
+            mode,
+            bias,
+            names[i % 5],
+            A_DTYPES[(i + i // 4) % len(A_DTYPES)],
+            ((32, 48), (21, 48))[(i + i // 2) % 2],
+        )
 
 
 @pytest.mark.parametrize(("group", "mode", "bias", "name", "a_dtype", "shape"), ids(covering_groups()))
@@ -125,6 +139,119 @@ def test_every_code_at_every_place(build, name, N):
     for rows in (problem.A, problem.A[3:4]):
         part = replace(problem, A=rows)
         reference.assert_exact(op(rows, weigh(op, part), scale), part)
+
+
+@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("name", INTEGERS)
+def test_every_code_at_every_place_of_four_bytes(build, name, target):
+    """The same where integers are multiplied, of which int8 activations of one pick single codes."""
+    op = build(config(256, 32, (1, 16), A_dtype="int8", W_dtype=name, out_dtype="int32", accum_dtype="int32"), target)
+    choices = torch.arange(len(reference.table(name)))
+    codes = choices[(torch.arange(256)[:, None] + 37 * torch.arange(32)) % len(choices)]
+    for value in (1, -128, 127):
+        problem = reference.Problem(op.config, torch.eye(32).mul(value).to(torch.int8), codes)
+        W = weigh(op, problem)
+        for rows in (problem.A, problem.A[11:12]):
+            part = replace(problem, A=rows)
+            reference.assert_exact(op(rows, W), part)
+
+
+@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [127, -128])
+def test_integers_at_the_ends_of_their_ranges(build, name, target, value):
+    """Every product as large as it can be: where an instruction saturates, it is here."""
+    values = reference.table(name)
+    op = build(config(32, 512, (1, 16), A_dtype="int8", W_dtype=name, out_dtype="int32", accum_dtype="int32"), target)
+    for code in (int(values.argmin()), int(values.argmax())):
+        codes = torch.full((32, 512), code)
+        codes[3] = torch.arange(512) % len(values)
+        problem = reference.Problem(op.config, torch.full((5, 512), value, dtype=torch.int8), codes)
+        for m in (1, 5):
+            reference.assert_exact(op(problem.A[:m], weigh(op, problem)), replace(problem, A=problem.A[:m]))
+
+
+@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize(("a_dtype", "name"), [("int8", "int8"), ("int8", "uint3"), ("int4", "int4"), ("int4", "int2")])
+@pytest.mark.parametrize("mode", [None, "original", "rescale", "quantized"])
+@pytest.mark.parametrize("group", [-1, 32])
+def test_groups_of_integers_on_every_instruction_set(build, a_dtype, name, mode, group, target):
+    if mode == "quantized" and name not in UNSIGNED:
+        mode = None
+    fields = {"with_scaling": True, "with_zeros": mode is not None, "zeros_mode": mode, "group_size": group}
+    check(build(config(96, 160, A_dtype=a_dtype, W_dtype=name, with_bias=True, **fields), target), (1, 4, 17))
+
+
+@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_on_every_instruction_set(build, name, target):
+    check(build(config(48, 64, A_dtype="float16", W_dtype=name, with_scaling=True, group_size=16), target), (1, 5, 17))
+
+
+@pytest.mark.parametrize(
+    ("a_dtype", "name"), [("float8_e4m3", "float8_e4m3"), ("float8_e5m2", "float8_e4m3"), ("float8_e4m3", "uint4")]
+)
+@pytest.mark.parametrize("N", [32, 7])
+@pytest.mark.parametrize("out_dtype", FLOATS)
+def test_float8_activations(build, a_dtype, name, N, out_dtype):
+    check(build(config(N, 40, A_dtype=a_dtype, W_dtype=name, out_dtype=out_dtype, with_bias=True)), (1, 3, 17))
+
+
+@pytest.mark.parametrize("a_dtype", ["float8_e4m3", "float8_e5m2"])
+def test_every_float8_activation(build, a_dtype):
+    """Each byte as an activation, NaN and infinity as well, times one."""
+    op = build(config(16, 8, A_dtype=a_dtype, W_dtype="uint4"))
+    A = torch.zeros(256, 8, dtype=torch.uint8)
+    A[:, 3] = torch.arange(256)
+    codes = torch.zeros(16, 8, dtype=torch.uint8)
+    codes[:, 3] = 1
+    out = op(A.view(reference.held(a_dtype)), op.transform_weight(codes))
+    expected = reference.table(a_dtype).to(torch.float32)[:, None].expand(256, 16)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["int4", "int2", "uint4", "int8", "nf4"])
+@pytest.mark.parametrize("K", [64, 7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_int4_activations_as_values_and_in_pairs(build, name, K, layout):
+    op = build(config(32, K, A_dtype="int4", W_dtype=name, layout=layout))
+    problem = reference.draw(op.config, 6)
+    W = op.transform_weight(problem.weights.mT if layout[1] == "n" else problem.weights)
+    for A in (problem.A, reference.pairs(problem.A)):
+        for lead in ((6,), (2, 3)):
+            given = A.view(*lead, -1)
+            out = op(given.mT if layout[0] == "t" else given, W)
+            assert out.shape == (*lead, 32)
+            reference.assert_close(out.view(6, 32), problem)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("a_dtype", "name"), [("float16", "uint4"), ("int8", "int8"), ("float32", "float32"), ("float8_e4m3", "nf4")]
+)
+def test_layouts(build, layout, a_dtype, name):
+    op = build(config(48, 40, A_dtype=a_dtype, W_dtype=name, layout=layout, with_scaling=True, group_size=8))
+    problem = reference.draw(op.config, 12, exact=True)
+    W = op.transform_weight(problem.weights.mT if layout[1] == "n" else problem.weights)
+    for lead in ((12,), (3, 4), (2, 1, 6), (12, 1)):
+        A = problem.A.view(*lead, 40)
+        A = A.mT if layout[0] == "t" else A
+        for given in (A, A.contiguous()):
+            output = torch.empty(*lead, 48)
+            out = op(given, W, problem.scale, output=output)
+            assert out is output
+            reference.assert_exact(out.view(12, 48), problem)
+    reference.assert_exact(op(problem.A[5], W, problem.scale)[None], replace(problem, A=problem.A[5:6]))
+    assert op(
+        torch.zeros(40, 0).to(problem.A.dtype) if layout[0] == "t" else problem.A[:0], W, problem.scale
+    ).shape == (0, 48)
+
+
+def test_operators_that_differ_at_the_door_share_their_kernels(build):
+    ops = [
+        build(config(48, 64, A_dtype=a, W_dtype="int4", layout=layout)) for a in ("int8", "int4") for layout in LAYOUTS
+    ]
+    assert len({plan_key(op.plan) for op in ops}) == 1
 
 
 @pytest.mark.parametrize("N", [16, 5], ids=["lanes", "packed"])
@@ -398,7 +525,7 @@ def test_scale_dtypes_of_int8_activations(build, name, group, dtype):
 @pytest.mark.parametrize("out_dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("own", [False, True], ids=["bias-as-out", "bias-as-A"])
 def test_bias_dtypes(build, a_dtype, out_dtype, own):
-    dtype = getattr(torch, a_dtype if own else out_dtype)
+    dtype = reference.held(a_dtype) if own else getattr(torch, out_dtype)
     op = build(config(32, 24, A_dtype=a_dtype, W_dtype="int4", out_dtype=out_dtype, with_bias=True))
     check(op, (1, 5), bias_dtype=dtype)
 
@@ -565,7 +692,14 @@ def covering_targets():
     """Every format for older x86-64, with tilings and rules that this CPU would not choose; the rest in turn."""
     for i, (mcpu, name) in enumerate(itertools.product(("x86-64", "x86-64-v3"), FORMATS)):
         mode = ZEROS_MODES[i % 3] if name in UNSIGNED else None
-        yield mcpu, name, A_DTYPES[(i + i // 4) % 4], mode, ((48, 40), (21, 24))[(i + i // 2) % 2], (1, 16)[i // 2 % 2]
+        yield (
+            mcpu,
+            name,
+            A_DTYPES[(i + i // 4) % len(A_DTYPES)],
+            mode,
+            ((48, 40), (21, 24))[(i + i // 2) % 2],
+            (1, 16)[i // 2 % 2],
+        )
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86-64 targets")
@@ -588,7 +722,8 @@ def tilings():
         for a_dtype, name, zeros in (("float16", "uint4", True), ("int8", "int3", False), ("float32", "nf4", False)):
             fields = {"with_scaling": True, "with_zeros": zeros, "zeros_mode": "quantized" if zeros else None}
             cfg = config(N, K, (m,), A_dtype=a_dtype, W_dtype=name, **fields)
-            problem = Problem(cfg, PackedLayout.native(N, K, cfg.format), resolve_target("llvm"), m)
+            target = resolve_target("llvm")
+            problem = Problem(cfg, native_layout(cfg, target), target, m)
             for i, tiling in enumerate(select_rule(RULES, problem).tilings(problem)):
                 yield pytest.param(cfg, tiling, id=f"{N}x{K}-m{m}-{name}-{i}")
 

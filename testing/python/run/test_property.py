@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 
 import reference
 from bitblas import MatmulConfig
-from bitblas.config import A_DTYPES, OUT_DTYPES, SCALE_DTYPES, ZEROS_MODES
+from bitblas.config import A_DTYPES, LAYOUTS, OUT_DTYPES, SCALE_DTYPES, ZEROS_MODES
 from bitblas.formats import FORMATS
+from bitblas.target import host_features, resolve_target
 
+#: This CPU, and less of it: each instruction set has rules of its own.
+TARGETS = [
+    name
+    for name in ("llvm", "cascadelake", "skylake-avx512", "alderlake", "haswell", "x86-64-v2")
+    if resolve_target(name).features <= host_features()
+]
 FLOATS = [name for name in OUT_DTYPES if not name.startswith("int")]
 #: Sizes that fit the lanes, sizes that do not, and all between.
 WIDTHS = st.one_of(st.sampled_from([16, 32, 48, 64, 112]), st.integers(1, 200))
@@ -23,7 +30,7 @@ def configs(draw):
     K = draw(DEPTHS)
     name, a_dtype = draw(st.sampled_from(list(FORMATS))), draw(st.sampled_from(A_DTYPES))
     fmt = FORMATS[name]
-    integers = a_dtype == "int8" and fmt.is_integer
+    integers = a_dtype in ("int8", "int4") and fmt.is_integer
     modes = ZEROS_MODES if fmt.kind == "uint" else ZEROS_MODES[:2]
     rows = st.integers(1, 40)
     buckets = st.lists(st.integers(1, 48), min_size=1, max_size=3)
@@ -35,6 +42,7 @@ def configs(draw):
         W_dtype=name,
         out_dtype=draw(st.sampled_from(OUT_DTYPES if integers else FLOATS)),
         accum_dtype=draw(st.sampled_from([*FLOATS, "int32"] if integers else FLOATS)),
+        layout=draw(st.sampled_from(LAYOUTS)),
         with_bias=draw(st.booleans()),
         group_size=draw(st.sampled_from([-1, *(g for g in range(1, K + 1) if K % g == 0)])),
         with_scaling=draw(st.booleans()),
@@ -63,26 +71,37 @@ def placed(tensor, how):
     return tensor.mT.contiguous().mT if how == "transposed" and tensor.ndim > 1 else tensor
 
 
+def as_asked(A, config, packed):
+    """(..., K) activations as the config's layout and dtype have them."""
+    if packed:
+        A = reference.pairs(A)
+    return A.mT if config.layout[0] == "t" and A.ndim > 1 else A
+
+
 @given(st.data())
 def test_matmul(build, data):
-    config = data.draw(configs())
+    config, target = data.draw(configs()), data.draw(st.sampled_from(TARGETS))
     lead = data.draw(leads(config))
     exact = data.draw(st.booleans())
-    dtypes = [getattr(torch, name) for name in dict.fromkeys((config.A_dtype, config.out_dtype))]
+    packed = config.A_dtype == "int4" and data.draw(st.booleans())
+    dtypes = list(dict.fromkeys((reference.held(config.A_dtype), getattr(torch, config.out_dtype))))
     problem = reference.draw(
         config,
         math.prod(lead),
         seed=data.draw(st.integers(0, 2**31)),
         exact=exact,
-        scale_dtype=getattr(torch, data.draw(st.sampled_from(SCALE_DTYPES))) if config.A_dtype == "int8" else None,
+        scale_dtype=getattr(torch, data.draw(st.sampled_from(SCALE_DTYPES)))
+        if reference.width(config.A_dtype) <= 8
+        else None,
         bias_dtype=data.draw(st.sampled_from(dtypes)),
     )
     how = data.draw(st.sampled_from(["as it is", "misaligned", "strided", "transposed"]))
-    note(f"{config}, lead {lead}, exact {exact}, {how}")
+    note(f"{config}, {target}, lead {lead}, exact {exact}, {how}, packed {packed}")
     event(f"{config.A_dtype} x {config.W_dtype}")
-    op = build(config)
-    W = op.transform_weight(problem.weights)
-    A = placed(problem.A.view(*lead, config.K), how)
+    op = build(config, target)
+    event(op.plan.kernels[0].rule)
+    W = op.transform_weight(problem.weights.mT if config.layout[1] == "n" else problem.weights)
+    A = placed(as_asked(problem.A.view(*lead, config.K), config, packed), how)
     extras = {
         name: placed(tensor, "misaligned") if how == "misaligned" else tensor for name, tensor in problem.extras.items()
     }

@@ -40,7 +40,7 @@ CONFIGS = [
     ({"M": [1, None]}, ConfigError, rf"^M is None; {SIZES}"),
     ({"M": [[1]]}, ConfigError, rf"^M is \[1\]; {SIZES}"),
     ({"M": {1, 2}}, ConfigError, rf"^M is \{{1, 2\}}; {SIZES}"),
-    ({"A_dtype": "float8"}, ConfigError, r"^A_dtype is 'float8'; allowed: float16, bfloat16, float32, int8$"),
+    ({"A_dtype": "float8"}, ConfigError, r"^A_dtype is 'float8'; allowed: float16, bfloat16, float32, int8, int4, "),
     ({"A_dtype": "float64"}, ConfigError, r"^A_dtype is 'float64'; allowed: "),
     ({"A_dtype": "int32"}, ConfigError, r"^A_dtype is 'int32'; allowed: "),
     ({"A_dtype": "uint4"}, ConfigError, r"^A_dtype is 'uint4'; allowed: "),
@@ -62,7 +62,7 @@ CONFIGS = [
     (
         {"out_dtype": "int32"},
         ConfigError,
-        r"^out_dtype int32 needs A_dtype int8 and an integer W_dtype, not float16 and uint4$",
+        r"^out_dtype int32 needs A_dtype int8 or int4 and an integer W_dtype, not float16 and uint4$",
     ),
     (
         {"out_dtype": "int8", "A_dtype": "int8", "W_dtype": "nf4"},
@@ -78,7 +78,7 @@ CONFIGS = [
     (
         {"accum_dtype": "int32"},
         ConfigError,
-        r"^accum_dtype int32 needs A_dtype int8 and an integer W_dtype, not float16 and",
+        r"^accum_dtype int32 needs A_dtype int8 or int4 and an integer W_dtype, not float16 and",
     ),
     (
         {"accum_dtype": "int32", "A_dtype": "int8", "W_dtype": "nf4"},
@@ -89,9 +89,21 @@ CONFIGS = [
     ({"layout": ""}, ConfigError, r"^layout is ''; allowed: nt, nn, tn, tt$"),
     ({"layout": "ntn"}, ConfigError, r"^layout is 'ntn'; allowed: "),
     ({"layout": None}, ConfigError, r"^layout is None; allowed: "),
-    ({"layout": "nn"}, UnsupportedError, r"^layout 'nn' is not built yet; use 'nt'"),
-    ({"layout": "tn"}, UnsupportedError, r"^layout 'tn' is not built yet; use 'nt'"),
-    ({"layout": "tt"}, UnsupportedError, r"^layout 'tt' is not built yet; use 'nt'"),
+    ({"layout": 2}, ConfigError, r"^layout is 2; allowed: nt, nn, tn, tt$"),
+    ({"A_dtype": "float8_e4m3", "out_dtype": "float8_e4m3"}, ConfigError, r"^out_dtype is 'float8_e4m3'; allowed: "),
+    (
+        {"A_dtype": "float8_e4m3", "out_dtype": "int32"},
+        ConfigError,
+        r"^out_dtype int32 needs .* not float8_e4m3 and uint4$",
+    ),
+    ({"A_dtype": "int4", "W_dtype": "fp4", "out_dtype": "int8"}, ConfigError, r"not int4 and fp4_e2m1$"),
+    ({"A_dtype": "int4", "W_dtype": "float16", "accum_dtype": "int32"}, ConfigError, r"not int4 and float16$"),
+    ({"A_dtype": "int2"}, ConfigError, r"^A_dtype is 'int2'; allowed: "),
+    (
+        {"A_dtype": "float8_e4m3", "W_dtype": None, "with_zeros": True},
+        ConfigError,
+        r"^with_zeros: the format float8_e4m3",
+    ),
     ({"group_size": 7}, ConfigError, r"^group_size is 7; it must be -1 or a divisor of K = 48$"),
     ({"group_size": 96}, ConfigError, r"^group_size is 96; it must be -1 or a divisor of K = 48$"),
     ({"group_size": 0}, ConfigError, r"^group_size is 0; it must be -1 or a divisor of K = 48$"),
@@ -146,6 +158,37 @@ OPERATORS = [
     (lambda: Matmul(BASE), ConfigError, r"^config is \{.*; it must be a MatmulConfig$"),
     (lambda: Matmul(MatmulConfig(**BASE), backend="cutlass"), ConfigError, r"^backend is 'cutlass'; allowed: tl, tir$"),
     (lambda: Matmul(MatmulConfig(**BASE), target="quantum"), ConfigError, r"^target is 'quantum'; allowed: "),
+    (lambda: Matmul(MatmulConfig(**BASE), target="cuda -arch=90"), ConfigError, r"it must be of the form sm_90$"),
+    (
+        lambda: Matmul(MatmulConfig(**BASE), target="cuda -mcpu=haswell"),
+        ConfigError,
+        r"mcpu is not understood; allowed: arch$",
+    ),
+    (
+        lambda: Matmul(MatmulConfig(**BASE), target="llvm -arch=sm_90"),
+        ConfigError,
+        r"arch is not understood; allowed: ",
+    ),
+    (
+        lambda: Matmul(MatmulConfig(**BASE), target="nvidia/nvidia-a1000"),
+        ConfigError,
+        r"no card .* Did you mean 'nvidia/nvidia-a100'",
+    ),
+    (
+        lambda: Matmul(MatmulConfig(**BASE), target="llvm -mtriple=aarch64-linux-gnu -mcpu=haswell"),
+        ConfigError,
+        r"haswell is no CPU of aarch64$",
+    ),
+    (
+        lambda: Matmul(MatmulConfig(**BASE), target="cuda -arch=sm_90"),
+        UnsupportedError,
+        r"(?s)^no schedule rule .* on cuda -arch=sm_90:.*avx512_vnni_small_m: ",
+    ),
+    (
+        lambda: Matmul(MatmulConfig(**BASE), target={"kind": "opencl"}),
+        ConfigError,
+        r"^target is \{'kind': 'opencl'\}; allowed: ",
+    ),
     (lambda: Matmul(MatmulConfig(**BASE), target=""), ConfigError, r"^target is empty; allowed: "),
     (lambda: Matmul(MatmulConfig(**BASE), target=7), ConfigError, r"^target is 7; allowed: "),
     (
@@ -191,6 +234,10 @@ FIELDS = {
     "integers": {"A_dtype": "int8", "W_dtype": "int2", "out_dtype": "int32", "accum_dtype": "int32", "with_bias": True},
     "native": {"W_dtype": "float16"},
     "float8": {"W_dtype": "float8_e4m3"},
+    "columns": {"layout": "tn", "with_scaling": True},
+    "static columns": {"layout": "tt", "M": M},
+    "int4": {"A_dtype": "int4", "W_dtype": "int4", "out_dtype": "float32", "with_scaling": True},
+    "float8 A": {"A_dtype": "float8_e4m3", "W_dtype": "float8_e4m3", "with_bias": True},
 }
 
 
@@ -202,7 +249,9 @@ def right_calls(build):
     def make(name):
         op = build(MatmulConfig(**{**BASE, **FIELDS[name]}))
         problem = reference.draw(op.config, M, exact=True)
-        return op, {"A": problem.A, "W": op.transform_weight(problem.weights), **problem.extras}
+        first, second = op.config.layout
+        W = op.transform_weight(problem.weights.mT if second == "n" else problem.weights)
+        return op, {"A": problem.A.mT if first == "t" else problem.A, "W": W, **problem.extras}
 
     return make
 
@@ -239,6 +288,38 @@ CALLS = [
     ("static", {"A": half(M - 1, K)}, r"^A has shape \(3, 48\), 3 rows; this operator was built for M = 4$"),
     ("static", {"A": half(K)}, r"^A has shape \(48,\), 1 rows; this operator was built for M = 4$"),
     ("static", {"A": half(2, M, K)}, r"^A has shape \(2, 4, 48\), 8 rows; this operator was built for M = 4$"),
+    # A by columns, of 4 and of 8 bits
+    (
+        "columns",
+        {"A": half(M, K)},
+        r"^A has shape \(4, 48\); its dimension before the last \(layout t\*\) must be K = 48$",
+    ),
+    ("columns", {"A": half(K, M, 1)}, r"^A has shape \(48, 4, 1\); its dimension before the last .* must be K = 48$"),
+    ("columns", {"A": half(M)}, r"^A has shape \(4,\); its dimension before the last "),
+    ("columns", {"output": half(N, M)}, r"^output has shape \(32, 4\); expected \(4, 32\)$"),
+    ("columns", {"A": half(K, M).float()}, r"^A has dtype torch\.float32; this operator takes torch\.float16$"),
+    ("static columns", {"A": half(K, M + 1)}, r"^A has shape \(48, 5\), 5 rows; this operator was built for M = 4$"),
+    ("static columns", {"A": half(2, K, M)}, r"^A has shape \(2, 48, 4\), 8 rows; this operator was built for M = 4$"),
+    ("int4", {"A": byte(M, K // 2 + 1)}, r"its last dimension must be K = 48, or 24 where two values share a byte$"),
+    ("int4", {"A": byte(M, K).to(torch.uint8)}, r"^A has dtype torch\.uint8; this operator takes torch\.int8$"),
+    (
+        "int4",
+        {"scale": half(N, 1).double()},
+        r"^scale has dtype torch\.float64; allowed: torch\.float32, torch\.float16, ",
+    ),
+    ("float8 A", {"A": half(M, K)}, r"^A has dtype torch\.float16; this operator takes torch\.float8_e4m3fn$"),
+    ("float8 A", {"A": half(M, K).to(torch.float8_e5m2)}, r"^A has dtype torch\.float8_e5m2; this operator takes "),
+    ("float8 A", {"A": byte(M, K)}, r"^A has dtype torch\.int8; this operator takes torch\.float8_e4m3fn$"),
+    (
+        "float8 A",
+        {"bias": half(N).float()},
+        r"^bias has dtype torch\.float32; allowed: torch\.float8_e4m3fn, torch\.float16$",
+    ),
+    (
+        "float8 A",
+        {"W": half(N, K)},
+        r"^W has dtype torch\.float16; allowed: torch\.int8, torch\.uint8, torch\.float8_e4m3fn$",
+    ),
     # W
     ("plain", {"W": None}, r"^W is (a NoneType; it must be a torch\.Tensor|missing; every call needs it)$"),
     ("plain", {"W": np.zeros((N, K // 2), np.int8)}, r"^W is a ndarray; it must be a torch\.Tensor$"),
@@ -394,9 +475,32 @@ def codes(value, shape=(N, K), dtype=torch.int64):
 WEIGHTS = [
     ("plain", "transform_weight", None, r"^weight is a NoneType; it must be a torch\.Tensor$"),
     ("plain", "transform_weight", np.zeros((N, K)), r"^weight is a ndarray; it must be a torch\.Tensor$"),
-    ("plain", "transform_weight", byte(K, N), r"^weight has shape \(48, 32\); expected \(N, K\) = \(32, 48\)$"),
-    ("plain", "transform_weight", byte(N, K // 2), r"^weight has shape \(32, 24\); expected \(N, K\) = \(32, 48\)$"),
-    ("plain", "transform_weight", byte(N * K), r"^weight has shape \(1536,\); expected \(N, K\) = \(32, 48\)$"),
+    (
+        "plain",
+        "transform_weight",
+        byte(K, N),
+        r"^weight has shape \(48, 32\); expected \(N, K\) = \(32, 48\) for layout 'nt'$",
+    ),
+    (
+        "plain",
+        "transform_weight",
+        byte(N, K // 2),
+        r"^weight has shape \(32, 24\); expected \(N, K\) = \(32, 48\) for layout 'nt'$",
+    ),
+    (
+        "plain",
+        "transform_weight",
+        byte(N * K),
+        r"^weight has shape \(1536,\); expected \(N, K\) = \(32, 48\) for layout 'nt'$",
+    ),
+    (
+        "columns",
+        "transform_weight",
+        byte(N, K),
+        r"^weight has shape \(32, 48\); expected \(K, N\) = \(48, 32\) for layout 'tn'$",
+    ),
+    ("static columns", "transform_weight", byte(K, N), r"expected \(N, K\) = \(32, 48\) for layout 'tt'$"),
+    ("int4", "transform_weight", codes(8), r"^weight holds 8; allowed for int4: -8 to 7$"),
     ("plain", "transform_weight", codes(16), r"^weight holds 16; allowed for uint4: 0 to 15$"),
     ("plain", "transform_weight", codes(-1), r"^weight holds -1; allowed for uint4: 0 to 15$"),
     ("plain", "transform_weight", codes(2**40), r"^weight holds 1\.09951e\+12; allowed for uint4: 0 to 15$"),

@@ -1,0 +1,139 @@
+"""`bitblas bench`: an operator timed beside torch's dense matmul."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import A_DTYPES, OUT_DTYPES, ZEROS_MODES, MatmulConfig
+from ..formats import FORMATS, parse_format
+
+if TYPE_CHECKING:
+    from ..bench import Comparison, Machine
+
+
+def add_command(commands: Any) -> None:
+    """Add the verb to a parser's commands."""
+    bench = commands.add_parser("bench", help="time an operator beside torch's dense matmul")
+    bench.add_argument("--M", type=_positive, nargs="+", default=[1, 16, 128], metavar="M", help="rows (1 16 128)")
+    bench.add_argument("--N", type=_positive, default=4096, help="output features (4096)")
+    bench.add_argument("--K", type=_positive, default=4096, help="input features (4096)")
+    bench.add_argument("--A-dtype", default="float16", help=f"{', '.join(A_DTYPES)} (float16)")
+    bench.add_argument("--W-dtype", default="uint4", help=f"{', '.join(FORMATS)} (uint4)")
+    bench.add_argument(
+        "--out-dtype",
+        help=f"{', '.join(OUT_DTYPES)} (A's; for an A of 8 bits and less int32 without scales, else float32)",
+    )
+    bench.add_argument("--group-size", type=int, help="k that share a scale (128 where it divides K, else -1: all)")
+    bench.add_argument("--zeros", choices=("none", *ZEROS_MODES), default="none", help="kind of zero points (none)")
+    bench.add_argument("--no-scale", action="store_true", help="without scales")
+    bench.add_argument("--threads", type=_positive, help="threads (torch's number)")
+    bench.add_argument("--target", help="what to compile for (BITBLAS_TARGET, else this machine)")
+    bench.add_argument("--seconds", type=_seconds, default=0.5, help="time for each candidate (0.5)")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be between 0 and 3600")
+    return value
+
+
+def _bench_config(options: argparse.Namespace) -> MatmulConfig:
+    a_dtype, fmt = options.A_dtype, parse_format(options.W_dtype)
+    scaling = not options.no_scale and not fmt.is_native
+    out_dtype = options.out_dtype
+    if out_dtype is None:
+        integers = a_dtype in ("int8", "int4") and fmt.is_integer and not scaling
+        out_dtype = a_dtype if a_dtype in OUT_DTYPES[:3] else "int32" if integers else "float32"
+    group = options.group_size
+    if group is None:
+        group = 128 if options.K % 128 == 0 and (scaling or options.zeros != "none") else -1
+    return MatmulConfig(
+        M=tuple(options.M),
+        N=options.N,
+        K=options.K,
+        A_dtype=a_dtype,
+        W_dtype=options.W_dtype,
+        out_dtype=out_dtype,
+        accum_dtype="int32" if out_dtype == "int32" else "float32",
+        group_size=group,
+        with_scaling=scaling,
+        with_zeros=options.zeros != "none",
+        zeros_mode="original" if options.zeros == "none" else options.zeros,
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print; 1 where a result is wrong."""
+    config = _bench_config(options)
+    import torch
+
+    from .. import bench
+    from ..ops import Matmul
+
+    op = Matmul(config, target=options.target)
+    peers: list[bench.Peer] = [bench.torch_dense(torch.float32)]
+    if config.A_dtype in ("float16", "bfloat16"):
+        peers.append(bench.torch_dense(getattr(torch, config.A_dtype)))
+    if config.A_dtype == "int8":
+        peers.append(bench.torch_int_mm)
+    with bench.use_threads(options.threads) as threads:
+        machine = bench.measure_machine(threads)
+        rows = [bench.compare(op, m, peers, options.seconds) for m in sorted(set(options.M))]
+    if options.json:
+        print(json.dumps({"machine": machine.fields(), "results": [row.fields(machine) for row in rows]}, indent=1))
+    else:
+        _print_bench(config, op.origin, machine, rows)
+    wrong = [timing for row in rows for timing in row.timings[:1] if timing.seconds is None]
+    if wrong:
+        print(f"bitblas: error: wrong results, off by {wrong[0].error:.3g} of their size", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _print_bench(config: MatmulConfig, origin: str, machine: Machine, rows: Sequence[Comparison]) -> None:
+    group = "" if config.group_size == -1 else f", groups of {config.group_size}"
+    zeros = f", {config.zeros_mode} zeros" if config.with_zeros else ""
+    print(
+        f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, N={config.N}, K={config.K}{group}{zeros}; {origin}"
+    )
+    print(f"{machine.cpu}, {machine.isa}, {machine.threads} threads")
+    if machine.bandwidth and machine.fma:
+        print(f"measured: {machine.bandwidth / 1e9:.1f} GB/s read, {machine.fma / 1e9:.0f} G float32 FMA/s")
+    for note in machine.notes:
+        print(f"note: {note}")
+    print()
+    header = ["M", "bitblas us", "of bandwidth", "of FMA peak"]
+    header += [text for timing in rows[0].timings[1:] for text in (f"{timing.name} us", "times ours")]
+    table = [header, *(_bench_row(row, machine) for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    for line in table:
+        print("  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)))
+    for peer in rows[0].skipped:
+        print(f"skipped: {peer.name}: {peer.reason}")
+
+
+def _bench_row(row: Comparison, machine: Machine) -> list[str]:
+    def microseconds(seconds: float | None) -> str:
+        return "wrong" if seconds is None else f"{seconds * 1e6:.1f}"
+
+    def share(value: float | None, sign: str = "{:.0%}") -> str:
+        return "-" if value is None else sign.format(value)
+
+    bandwidth, fma = row.bandwidth_fraction(machine), row.fma_fraction(machine)
+    cells = [str(row.m), microseconds(row.ours.seconds), share(bandwidth), share(fma)]
+    for timing in row.timings[1:]:
+        cells += [microseconds(timing.seconds), share(row.speedup(timing.name), "{:.2f}")]
+    return cells
