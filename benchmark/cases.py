@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitblas import MatmulConfig
 from bitblas.formats import FORMATS
@@ -16,11 +16,12 @@ FEW_ROWS = (1, 16, 128)
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of matmul at one shape, for some numbers of rows."""
+    """A kind of matmul at one shape, for some numbers of rows; the target is this machine where none is named."""
 
     name: str
     config: MatmulConfig
     rows: tuple[int, ...]
+    target: str | None = None
 
 
 def case(a_dtype: str, w_dtype: str, shape: tuple[int, int], rows: tuple[int, ...], zeros: str | None = None) -> Case:
@@ -76,3 +77,18 @@ def formats(rows: tuple[int, ...] = (1, 128)) -> list[Case]:
         if name != "uint4":
             found.append(case(name if fmt.is_native else "float16", name, HEADLINE, rows))
     return [*found, case("int8", "int8", HEADLINE, rows)]
+
+
+def on_target(found: Case, cpu: str) -> Case:
+    """A case compiled for another CPU, which this machine must be able to stand in for."""
+    return replace(found, name=f"{found.name} on {cpu}", target=f"llvm -mcpu={cpu}")
+
+
+def avx2(rows: tuple[int, ...] = (1, 16, 128)) -> list[Case]:
+    """The headline case with the instructions of AVX2 alone."""
+    return [on_target(found, "haswell") for found in headline(rows)]
+
+
+def integers(rows: tuple[int, ...] = (1, 16, 32, 64, 128, 512)) -> list[Case]:
+    """int8 times int8, and times narrower weights."""
+    return [case("int8", name, HEADLINE, rows) for name in ("int8", "int4", "int2")]

@@ -1,4 +1,4 @@
-"""What the first release is to reach, and what was measured: kernels beside peers, and the costs around them."""
+"""What releases are to reach, and what was measured: kernels beside peers, and the costs around them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ TORCH, ORT = "torch float32", "onnxruntime MatMulNBits 0"
 #: Least speed over a peer, by rows: of uint4, and of every other format.
 HEADLINE = {1: {TORCH: 5.0, ORT: 2.5}, 16: {TORCH: 1.5}, 128: {TORCH: 1.0}, 512: {TORCH: 1.0}}
 FORMATS = {1: {TORCH: 1.0}, 128: {TORCH: 0.5}}
+#: … of uint4 with the instructions of AVX2, while torch uses all that the machine has; and of int8 times int8.
+AVX2 = {1: {TORCH: 2.0}, 128: {TORCH: 0.8}}
+INT8 = {m: {"torch _int_mm": 1.0} for m in (16, 32, 64, 128, 512)}
 
 IMPORT_SECONDS, COLD_SECONDS, WARM_SECONDS = 0.1, 3.0, 0.01
 CALL_SECONDS, TRANSFORM_SECONDS, TRANSFORM_PEAK = 5e-6, 0.3, 6.0

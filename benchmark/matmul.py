@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmark.matmul", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="one shape and a few formats: some minutes")
-    what.add_argument("--goals", action="store_true", help="what the first release is to reach, with pass or fail")
+    what.add_argument("--goals", action="store_true", help="what releases are to reach, with pass or fail")
     parser.add_argument("--threads", type=int, help="threads of all candidates (torch's number)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each candidate in each cell (0.5)")
     parser.add_argument(
@@ -63,8 +63,16 @@ def _run(options: argparse.Namespace) -> Report:
                     then(case.name, row)
 
     if options.goals:
-        measure(cases.headline(), lambda name, row: report.goals.extend(goals.speed_goals(name, row, goals.HEADLINE)))
-        measure(cases.formats(), lambda name, row: report.goals.extend(goals.speed_goals(name, row, goals.FORMATS)))
+        for found, wanted in (
+            (cases.headline(), goals.HEADLINE),
+            (cases.formats(), goals.FORMATS),
+            (cases.avx2(), goals.AVX2),
+            (cases.integers(), goals.INT8),
+        ):
+            measure(
+                found,
+                lambda name, row, wanted=wanted: report.goals.extend(goals.speed_goals(name, row, wanted)),
+            )
         if options.match in "costs":
             for goal in goals.cost_goals():
                 _say(f"{goal.name}: {goal.measured}")
@@ -77,7 +85,7 @@ def _run(options: argparse.Namespace) -> Report:
 def _measure_case(
     case: cases.Case, chosen: Sequence[peers.Peer], seconds: float, announced: set[str]
 ) -> list[Comparison]:
-    op, rows = Matmul(case.config), []
+    op, rows = Matmul(case.config, target=case.target), []
     for m in case.rows:
         row = compare(op, m, chosen, seconds)
         rows.append(row)

@@ -5,11 +5,14 @@ Importing this imports torch, and nothing of TVM: that happens when an operator 
 
 from __future__ import annotations
 
+import importlib
+
 from ._version import __version__
 from .config import MatmulConfig
 from .errors import ArgumentError, ArtifactError, BitBLASError, BuildError, ConfigError, UnsupportedError
 from .logs import set_log_level
-from .ops import Matmul
+from .ops import Matmul, MatmulConfigWithSplitK, MatmulWithSplitK
+from .utils import auto_detect_nvidia_target
 
 __all__ = [
     "ArgumentError",
@@ -19,10 +22,17 @@ __all__ = [
     "ConfigError",
     "Matmul",
     "MatmulConfig",
+    "MatmulConfigWithSplitK",
+    "MatmulWithSplitK",
     "UnsupportedError",
     "__version__",
+    "auto_detect_nvidia_target",
     "set_log_level",
 ]
+
+
+#: Importable as attributes, without being loaded by `import bitblas`.
+_SUBMODULES = ("cache", "quantization")
 
 
 def __getattr__(name: str) -> object:
@@ -30,4 +40,6 @@ def __getattr__(name: str) -> object:
         import tvm
 
         return tvm
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

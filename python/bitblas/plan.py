@@ -77,6 +77,11 @@ class MatmulPlan:
         )
 
     @property
+    def tilings(self) -> dict[int, Tiling]:
+        """The tiling by bucket: what `plan_matmul` takes to decide the same again."""
+        return {m: kernel.tiling for kernel in self.kernels for m in kernel.buckets}
+
+    @property
     def largest_block_m(self) -> int:
         """Rows that a kernel computes beyond M at most."""
         return max(kernel.tiling.block_m for kernel in self.kernels)

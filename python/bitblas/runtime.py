@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,8 +61,21 @@ def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
 
 
 def wrap_executable(executable: tvm.runtime.Executable, plan: MatmulPlan) -> Kernels:
-    """Use kernels that TVM has just compiled in memory."""
+    """Use kernels that TVM has just compiled in memory, and runs on threads of its own."""
+    _watch_forks()
     return _kernels(executable.jit(), plan)
+
+
+@cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_compute_alone)
+
+
+def _compute_alone() -> None:
+    """Let a forked child's thread do without TVM's threads, which it believes to have and would wait for for ever."""
+    cpus = os.sched_getaffinity(0)
+    tvm_ffi.get_global_func("runtime.config_threadpool")(1, 1)
+    os.sched_setaffinity(0, cpus)  # which TVM has changed
 
 
 def _kernels(module: object, plan: MatmulPlan) -> Kernels:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import packing, tuner
+from ..artifacts import Artifact
 from ..build import expression_module, scheduled_module
 from ..config import MatmulConfig
-from ..errors import ArgumentError, ConfigError
+from ..errors import ArgumentError, ArtifactError, ConfigError
 from ..layout import PackedLayout
+from ..locks import ForkLock
 from ..plan import MatmulPlan, plan_matmul
 from ..runtime import Kernels
+from ..schedule import Tiling
 from ..target import Target, resolve_target
 from .arguments import Door, check_dense
-from .provider import Provided, provide
+from .provider import Provided, load, provide, store
 
 if TYPE_CHECKING:
     import tvm
     from tvm import tirx
+    from typing_extensions import Self
 
 BACKENDS = ("tl", "tir")
 
@@ -78,16 +82,36 @@ class Matmul:
             raise ConfigError(f"config is {config!r}; it must be a MatmulConfig")
         if backend not in BACKENDS:
             raise ConfigError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-        self.config, self.name, self.backend = config, name, backend
-        self.target: Target = resolve_target(target)
-        tuned = tuner.load_record(config, self.target) if enable_tuning else None
-        self.plan: MatmulPlan = plan_matmul(config, self.target, tuned)
-        self._lock = threading.Lock()
-        self._provided: Provided | None = None
-        self._kernels: Kernels | None = None
-        self._door = Door(config, tuple(self.retrieve_weight_shape()))
+        resolved = resolve_target(target)
+        tuned = tuner.load_record(config, resolved) if enable_tuning else None
+        self._install(config, plan_matmul(config, resolved, tuned), None, name, backend)
         if not from_database:
             self._provide()
+
+    def _install(
+        self, config: MatmulConfig, plan: MatmulPlan, provided: Provided | None, name: str, backend: str
+    ) -> None:
+        self.config, self.name, self.backend = config, name, backend
+        self.target: Target = plan.target
+        self.plan = plan
+        self._lock = ForkLock()
+        self._provided = provided
+        self._kernels: Kernels | None = provided.kernels if provided else None
+        self._door = Door(config, tuple(self.retrieve_weight_shape()))
+
+    @classmethod
+    def restore(
+        cls,
+        config: MatmulConfig,
+        plan: MatmulPlan,
+        provided: Provided | None = None,
+        name: str = "matmul",
+        backend: str = "tl",
+    ) -> Self:
+        """An operator whose plan, and perhaps kernels, are there already; without kernels the first call provides them."""
+        op = cls.__new__(cls)
+        op._install(config, plan, provided, name, backend)
+        return op
 
     # -- weights ---------------------------------------------------------------------------------------------------------
 
@@ -243,11 +267,16 @@ class Matmul:
     # -- kernels ---------------------------------------------------------------------------------------------------------
 
     def _provide(self) -> Kernels:
-        with self._lock:
+        with self._lock.held():
             if self._provided is None:
                 self._provided = provide(self.plan)
                 self._kernels = self._provided.kernels
             return self._provided.kernels
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """Where the kernels lie on disk; None where they are not built, or only in memory."""
+        return self._provided.artifact if self._provided else None
 
     @property
     def origin(self) -> str:
@@ -278,7 +307,7 @@ class Matmul:
         chosen = self.target if target is None else resolve_target(target)
         found = tuner.tune(self.config, chosen, topk, lambda plan: provide(plan).kernels, self._time_rows)
         tuner.save_record(self.config, chosen, found)
-        with self._lock:
+        with self._lock.held():
             self.target = chosen
             self.plan = plan_matmul(self.config, chosen, {m: row.tiling for m, row in found.items()})
             self._provided = provide(self.plan)
@@ -367,7 +396,27 @@ class Matmul:
         return torch.tensor(self.config.format.codebook, dtype=dtype, device="cpu")  # whatever the default device is
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.config, self.name, self.target, True, self._provided is None, self.backend)
+        root = self.artifact.path.parents[1] if self.artifact else store().root if self._provided else None
+        return type(self)._unpickle, (self.config, self.target, self.plan.tilings, self.name, self.backend, root)
+
+    @classmethod
+    def _unpickle(
+        cls,
+        config: MatmulConfig,
+        target: Target,
+        tilings: Mapping[int, Tiling],
+        name: str,
+        backend: str,
+        root: Path | None,
+    ) -> Self:
+        """The operator with the same tilings; `root` is the store of its kernels, None where it had none yet."""
+        plan = plan_matmul(config, target, tilings)
+        provided = None
+        if root is not None:
+            with suppress(ArtifactError, OSError):  # it comes from another machine, where that directory was another
+                provided = load(plan, root)
+            provided = provided or provide(plan)
+        return cls.restore(config, plan, provided, name, backend)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Matmul:
         return self  # it holds no state that a copy could change

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from ..runtime import Kernels, load_kernels, wrap_executable
 #: What was compiled without a linker, by key.
 _in_memory: dict[str, Provided] = {}
 _stores: dict[Path, ArtifactStore] = {}
-_stores_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -35,21 +33,22 @@ class Provided:
         How long it took.
     source : Path or str
         The generated code: a file of the artifact, or its text.
+    artifact : Artifact or None
+        Where the library is; None for what was compiled in memory.
     """
 
     kernels: Kernels
     origin: str
     seconds: float
     source: Path | str
+    artifact: Artifact | None = None
 
 
-def store() -> ArtifactStore:
-    """The artifact store that BITBLAS_CACHE_DIR names now."""
-    root = env.CACHE_DIR.get()
-    with _stores_lock:
-        if root not in _stores:
-            _stores[root] = ArtifactStore(root)
-        return _stores[root]
+def store(root: Path | None = None) -> ArtifactStore:
+    """The artifact store in `root`, or the one that BITBLAS_CACHE_DIR names now."""
+    root = root or env.CACHE_DIR.get()
+    # one atomic step: no lock, which a fork could leave held
+    return _stores.get(root) or _stores.setdefault(root, ArtifactStore(root))
 
 
 def plan_key(plan: MatmulPlan) -> str:
@@ -70,25 +69,44 @@ def provide(plan: MatmulPlan) -> Provided:
         This machine cannot run code for the plan's target.
     """
     began = time.perf_counter()
+    found = load(plan)
+    if found is not None:
+        return found
+    key, target_store, compiler = plan_key(plan), store(), find_compiler()
+    if compiler is None:
+        return _compile_in_memory(plan, key, began)
+
+    def build(staging: Path) -> Mapping[str, object]:
+        get_logger().info("building %s into %s", plan.describe(), target_store.root)
+        build_library(plan, staging, compiler)
+        return {"library": LIBRARY, "plan": plan.fields(), "toolchain": toolchain(), "linker": compiler}
+
+    artifact, built = target_store.get_or_build(key, build)
+    return _provided(plan, artifact, "compiled" if built else "loaded", began)
+
+
+def load(plan: MatmulPlan, root: Path | None = None) -> Provided | None:
+    """Load the plan's kernels from the store in `root`, or BITBLAS_CACHE_DIR's; None where there are none. Builds nothing.
+
+    Raises
+    ------
+    ArtifactError
+        Others may write the store.
+    UnsupportedError
+        This machine cannot run code for the plan's target.
+    """
+    began = time.perf_counter()
     plan.target.check_runnable()
-    key, target_store = plan_key(plan), store()
-    artifact, origin = target_store.load(key) or _load_of_any_compiler(plan, target_store), "loaded"
-    if artifact is None:
-        compiler = find_compiler()
-        if compiler is None:
-            return _compile_in_memory(plan, key, began)
+    place = store(root)
+    artifact = place.load(plan_key(plan)) or _load_of_any_compiler(plan, place)
+    return None if artifact is None else _provided(plan, artifact, "loaded", began)
 
-        def build(staging: Path) -> Mapping[str, object]:
-            get_logger().info("building %s into %s", plan.describe(), target_store.root)
-            build_library(plan, staging, compiler)
-            return {"library": LIBRARY, "plan": plan.fields(), "toolchain": toolchain(), "linker": compiler}
 
-        artifact, built = target_store.get_or_build(key, build)
-        origin = "compiled" if built else "loaded"
+def _provided(plan: MatmulPlan, artifact: Artifact, origin: str, began: float) -> Provided:
     kernels = load_kernels(artifact.file(LIBRARY), plan)
     seconds = time.perf_counter() - began
     get_logger().info("%s %s in %.3f s, kept in %s", origin, plan.describe(), seconds, artifact.path)
-    return Provided(kernels, origin, seconds, artifact.file(SOURCE))
+    return Provided(kernels, origin, seconds, artifact.file(SOURCE), artifact)
 
 
 def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Artifact | None:

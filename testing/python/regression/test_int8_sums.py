@@ -35,6 +35,6 @@ def test_sums_beyond_int32_do_not_wrap(out_dtype, m):
 @pytest.mark.parametrize("m", [1, 7, 33])
 def test_a_prime_k_is_exact_and_has_long_chunks(k, m):
     op = Matmul(MatmulConfig([1, 32], 33, k, "int8", "int4", "int32", "int32"))
-    assert all(kernel.tiling.chunk(op.config) >= 64 for kernel in op.plan.kernels)
+    assert all(kernel.tiling.chunk(op.config, op.layout) >= 64 for kernel in op.plan.kernels)
     a, w = integers(-128, 128, m, k), integers(-8, 8, 33, k)
     assert torch.equal(op(a.to(torch.int8), op.transform_weight(w)).long(), a @ w.t())

@@ -29,7 +29,7 @@ def test_each_kernel_has_its_own_slab_and_slabs_are_of_equal_size():
 @pytest.mark.parametrize(
     ("target", "match"),
     [
-        ("llvm -mtriple=aarch64-linux-gnu", "mtriple is not understood"),
+        ("llvm -mtripel=aarch64-linux-gnu", "mtripel is not understood"),
         ('{"kind": "llvm", "mattr": 5}', "mattr is 5; it must be a list"),
         ("llvm -mattr=", "must begin with"),
         ("llvm -mattr=avx2", "'avx2' must begin with"),

@@ -1,0 +1,243 @@
+"""A directory of saved operators: an index of configs and tilings by target, beside the artifact store of their libraries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..artifacts import Artifact, artifact_key
+from ..artifacts.record import describe
+from ..build import COMPILER, toolchain
+from ..config import MatmulConfig
+from ..errors import ArtifactError, BitBLASError, UnsupportedError
+from ..logs import get_logger, warn_once
+from ..ops import Matmul, MatmulConfigWithSplitK, MatmulWithSplitK
+from ..ops.provider import load, plan_key, provide, store
+from ..plan import plan_matmul
+from ..schedule import Tiling
+from ..target import Target
+
+#: The operators that can be saved, and their configs.
+KINDS: dict[type[Matmul], type[MatmulConfig]] = {Matmul: MatmulConfig, MatmulWithSplitK: MatmulConfigWithSplitK}
+_BY_NAME = {kind.__name__: kind for kind in KINDS}
+
+_SCHEMA = 1
+_LOCK_SECONDS = 10
+#: What a manifest says beyond the metadata of its build.
+_OWN = ("schema", "key", "files")
+
+
+class _DamagedError(Exception):
+    """An entry of the index is not what was written."""
+
+
+class Database:
+    """A directory that holds ``operators/<target>/<key>.json``, one file for each saved operator, and an artifact store.
+
+    A file is written aside and renamed, so that readers need no lock; it has a checksum. Its key is made of the config, the
+    target and the versions, so that two versions can share a directory.
+
+    Parameters
+    ----------
+    path : Path
+        The directory. It is created, for this user alone, when the first operator is saved.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._index = path / "operators"
+
+    def exists(self) -> bool:
+        """Whether anything was saved here."""
+        return self._index.is_dir()
+
+    # -- saving ------------------------------------------------------------------------------------------------------------
+
+    def save(self, op: Matmul) -> None:
+        """Save the library of an operator, and its tilings. What cannot be written is a warning."""
+        directory = self._directory(op.target)
+        try:
+            for folder in (self.path, self._index, directory):  # each as private as the store asks
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            artifact = self._take(op)
+            if artifact is None:
+                warn_once("database.in memory", "operators that were compiled in memory have no library to save")
+            elif artifact.path.is_relative_to(store(self.path).root):  # else the store took it not, and said so
+                self._record(op, artifact)
+        except (OSError, _DamagedError) as error:
+            get_logger().warning("%s could not be saved in %s: %s", op, self.path, error)
+
+    def _take(self, op: Matmul) -> Artifact | None:
+        """The operator's artifact in our store: there already, or a copy; built anew where its files have gone."""
+        place = store(self.path)
+        found = place.load(op.artifact.key if op.artifact else plan_key(op.plan))
+        if found is not None:
+            return found
+        if op.artifact is not None:
+            try:
+                return _copy(op.artifact, self.path)
+            except (FileNotFoundError, _DamagedError) as error:
+                get_logger().info("the artifact of %s is no longer there: %s", op, error)
+        built = provide(op.plan).artifact
+        return None if built is None else _copy(built, self.path)
+
+    def _record(self, op: Matmul, artifact: Artifact) -> None:
+        record = {
+            "schema": _SCHEMA,
+            "operator": type(op).__name__,
+            "config": _fields(op.config),
+            "target": op.target.fields(),
+            "tilings": {str(m): tiling.fields() for m, tiling in op.plan.tilings.items()},
+            "toolchain": artifact.manifest["toolchain"],
+            "key": artifact.key,
+        }
+        key = artifact_key({name: record[name] for name in ("operator", "config", "target", "toolchain")})
+        path = self._directory(op.target) / f"{key}.json"
+        with self._lock():
+            untuned = op.plan == plan_matmul(op.config, op.target)
+            if not (untuned and self._holds_another(path, record)):
+                draft = path.with_suffix(f".{uuid.uuid4().hex}")
+                draft.write_text(
+                    json.dumps({**record, "checksum": artifact_key(record)}, indent=1) + "\n", encoding="utf-8"
+                )
+                draft.replace(path)
+
+    def _holds_another(self, path: Path, record: Mapping[str, Any]) -> bool:
+        """Whether an operator with other tilings is saved, and can be loaded."""
+        try:
+            found = _read(path)
+        except (FileNotFoundError, _DamagedError):
+            return False
+        return found["tilings"] != record["tilings"] and store(self.path).load(found["key"]) is not None
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Keep others from writing between a look and a write. What is renamed is whole without it, too."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._index / ".lock")
+        try:
+            lock.acquire(timeout=_LOCK_SECONDS)
+        except Timeout:
+            get_logger().warning("%s is locked by another process for %d s", self._index, _LOCK_SECONDS)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # -- loading -----------------------------------------------------------------------------------------------------------
+
+    def load(self, target: Target) -> list[Matmul]:
+        """Operators that were saved for a target, with their tilings and ready to run; the others with one warning."""
+        directory = self._directory(target)
+        paths = sorted(directory.glob("*.json"))
+        if not paths:
+            return []
+        try:
+            target.check_runnable()
+        except UnsupportedError as error:
+            warn_once(f"database.target {directory}", "the operators in %s are left out: %s", directory, error)
+            return []
+        found, strange = [], []
+        for path in paths:
+            try:
+                record = _read(path)
+                if _is_ours(record):
+                    found.append(self._restore(record, target))
+                else:
+                    strange.append(record)
+            except FileNotFoundError:  # another process has removed it
+                continue
+            except _DamagedError as damage:
+                warn_once(f"database.damaged {path}", "the saved operator %s is left out: %s", path, damage)
+        have = {artifact_key(_fields(op.config)) for op in found}
+        left_out = [record for record in strange if artifact_key(record["config"]) not in have]
+        if left_out:
+            warn_once(
+                f"database.versions {directory}",
+                "%d saved operators in %s are left out, made by another version (%s): they are to be built and saved again",
+                len(left_out),
+                self.path,
+                "; ".join(sorted({_differences(record["toolchain"]) for record in left_out})),
+            )
+        return found
+
+    def _restore(self, record: Mapping[str, Any], target: Target) -> Matmul:
+        try:
+            kind = _BY_NAME[record["operator"]]
+            config = KINDS[kind](**record["config"])
+            tilings = {int(m): Tiling(**values) for m, values in record["tilings"].items()}
+            plan = plan_matmul(config, target, tilings)
+            if record["target"] != target.fields() or plan.tilings != tilings:
+                raise _DamagedError("its target or tilings are not those that were saved")
+            provided = load(plan, self.path)
+        except ArtifactError:  # others may write the directory
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+            raise _DamagedError(f"{type(error).__name__}: {error}") from error
+        if provided is None:
+            raise _DamagedError(f"its library, artifact {record['key']}, is missing or damaged")
+        return kind.restore(config, plan, provided)
+
+    def _directory(self, target: Target) -> Path:
+        return self._index / artifact_key(target.fields())[:16]
+
+
+def _fields(config: MatmulConfig) -> dict[str, Any]:
+    """What makes a config equal to another, as JSON values."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.compare}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The record in a file of the index, as it was written."""
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _DamagedError(f"it cannot be read: {error}") from error
+    try:
+        checksum = record.pop("checksum")
+        intact = checksum == artifact_key(record) and record["schema"] == _SCHEMA
+    except (KeyError, TypeError, AttributeError, BitBLASError):
+        intact = False
+    if not intact:
+        raise _DamagedError("it is not what was written")
+    return record
+
+
+def _is_ours(record: Mapping[str, Any]) -> bool:
+    """Whether a record was made by this version; any TVM does where there is none, as for artifacts."""
+    here = toolchain()
+    return bool(here == (record["toolchain"] if here[COMPILER] else {**record["toolchain"], COMPILER: ""}))
+
+
+def _differences(made: Mapping[str, str]) -> str:
+    """What makes a toolchain another than ours, in words."""
+    here = toolchain()
+    different = [name for name in here if made.get(name) != here[name]]
+    versions = [
+        f"{name} {made.get(name)}, here {here[name]}" for name in different if name not in ("sources", "generator")
+    ]
+    return ", ".join(versions) or "other kernel sources"
+
+
+def _copy(artifact: Artifact, root: Path) -> Artifact:
+    """A copy of an artifact in the store at `root`."""
+    metadata = {name: value for name, value in artifact.manifest.items() if name not in _OWN}
+
+    def fill(staging: Path) -> Mapping[str, object]:
+        for name in artifact.files:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact.path / name, staging / name)
+        if describe(staging, artifact.key, metadata)["files"] != artifact.manifest["files"]:
+            raise _DamagedError("its files are not what was written")
+        return metadata
+
+    return store(root).get_or_build(artifact.key, fill)[0]
