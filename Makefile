@@ -9,7 +9,7 @@ PIP_INSTALL := $(PY) -m pip install -c constraints.txt
 SETUP_FILES := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel bench clean
+.PHONY: help demo test lint wheel bench interop interop-setup clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -30,6 +30,11 @@ wheel: $(VENV)/.installed  ## build dist/bitblas-*.whl
 
 bench: $(VENV)/.installed-bench  ## measure against torch and onnxruntime
 	$(PY) -m benchmark.matmul
+
+interop: $(VENV)/.installed-interop  ## run hqq and gptqmodel, unmodified, on this bitblas
+	$(PY) -m pytest -n 2 -m interop $(PYTEST_ARGS)
+
+interop-setup: $(VENV)/.installed-interop
 
 clean:  ## remove everything the targets above have made
 	rm -rf $(VENV) build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -53,4 +58,10 @@ $(VENV)/.installed-dev: $(SETUP_FILES) | $(PY)
 
 $(VENV)/.installed-bench: $(SETUP_FILES) | $(PY)
 	$(PIP_INSTALL) -e '.[bench]'
+	@touch $@ $(VENV)/.installed
+
+# DISABLE_CUDA: hqq would build kernels for CUDA, which its bitblas layer does not use.
+$(VENV)/.installed-interop: $(SETUP_FILES) | $(PY)
+	DISABLE_CUDA=1 $(PIP_INSTALL) -e '.[test,interop]'
+	$(PIP_INSTALL) --no-deps gptqmodel
 	@touch $@ $(VENV)/.installed

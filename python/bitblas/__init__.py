@@ -10,7 +10,7 @@ import importlib
 from ._version import __version__
 from .config import MatmulConfig
 from .errors import ArgumentError, ArtifactError, BitBLASError, BuildError, ConfigError, UnsupportedError
-from .logs import set_log_level
+from .logs import logger, set_log_level
 from .ops import Matmul, MatmulConfigWithSplitK, MatmulWithSplitK
 from .utils import auto_detect_nvidia_target
 
@@ -27,6 +27,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "auto_detect_nvidia_target",
+    "logger",
     "set_log_level",
 ]
 

@@ -11,7 +11,8 @@ from typing import TextIO
 from . import env
 from .errors import ConfigError
 
-_LOGGER = logging.getLogger("bitblas")
+#: Every message of bitblas goes here.
+logger = logging.getLogger("bitblas")
 _LEVELS = {name: getattr(logging, name) for name in env.LOG_LEVELS} | {"WARN": logging.WARNING, "FATAL": logging.FATAL}
 
 #: Seconds that may pass without a word.
@@ -40,18 +41,18 @@ class _StandardError(logging.StreamHandler):
             super().emit(record)
 
 
-_LOGGER.addHandler(_StandardError())
+logger.addHandler(_StandardError())
 
 
 def get_logger() -> logging.Logger:
     """Return the logger "bitblas"; the first call takes its level from BITBLAS_LOG_LEVEL, unless one is set already."""
-    if _LOGGER.level == logging.NOTSET:
-        _LOGGER.setLevel(logging.WARNING)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
         try:
-            _LOGGER.setLevel(_LEVELS[env.LOG_LEVEL.get()])
+            logger.setLevel(_LEVELS[env.LOG_LEVEL.get()])
         except ConfigError as error:
-            _LOGGER.warning("%s", error)  # a misspelt level is no reason to fail
-    return _LOGGER
+            logger.warning("%s", error)  # a misspelt level is no reason to fail
+    return logger
 
 
 def set_log_level(level: str | int) -> None:
@@ -65,7 +66,7 @@ def set_log_level(level: str | int) -> None:
     """
     if isinstance(level, str):
         level = _LEVELS.get(level.strip().upper(), logging.INFO)
-    _LOGGER.setLevel(level)
+    logger.setLevel(level)
 
 
 @contextmanager

@@ -204,10 +204,20 @@ class Matmul:
 
     @property
     def weight_transform(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """None where codes are packed row by row; else what turns CPU (N, K) unsigned int8 codes into this layout."""
-        if self.layout.name == "packed":
+        """None where a row of codes, packed, is what the kernels read; else what makes that of unsigned codes.
+
+        It takes (N, K) codes on the CPU, in int8 or uint8: those of a uint format, value + 2^(b - 1) of an int format, int8
+        included; and it returns what `transform_weight` does.
+        """
+        signed_bytes = self.config.W_dtype == "int8"
+        if self.layout.name == "packed" and not signed_bytes:
             return None
-        return lambda codes: self.pack(codes.view(torch.uint8) if codes.dtype is torch.int8 else codes)
+
+        def transform(codes: torch.Tensor) -> torch.Tensor:
+            codes = codes.view(torch.uint8) if codes.dtype is torch.int8 else codes
+            return self.pack(codes ^ 128 if signed_bytes else codes)
+
+        return transform
 
     # -- calling ---------------------------------------------------------------------------------------------------------
 

@@ -79,6 +79,11 @@ def test_weight_transform_packs_unsigned_codes(op):
     signed = Matmul(small(W_dtype="int4"), from_database=True)
     assert torch.equal(signed.weight_transform(codes), signed.transform_weight(codes - 8))
     assert Matmul(small(N=5), from_database=True).weight_transform is None
+    for N in (48, 5):
+        bytes_ = Matmul(small(N=N, W_dtype="int8"), from_database=True)
+        values = torch.randint(-128, 128, (N, bytes_.K))
+        held = (values + 128).to(torch.uint8).view(torch.int8)
+        assert torch.equal(bytes_.weight_transform(held), bytes_.transform_weight(values))
 
 
 def test_from_database_builds_at_the_first_call(store):

@@ -199,7 +199,7 @@ OPERATORS = [
     (
         lambda: Matmul(MatmulConfig(**BASE), target="llvm -mcpu=nonesuch"),
         ConfigError,
-        r"knows no CPU 'nonesuch'; allowed: ",
+        r"knows no CPU 'nonesuch' of x86_64; allowed: ",
     ),
     (lambda: Matmul(MatmulConfig(**BASE), target="llvm -mattr=avx2"), ConfigError, r"'avx2' must begin with \+ or -$"),
     (
