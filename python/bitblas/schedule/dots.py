@@ -10,7 +10,7 @@ from ..formats import DataFormat
 from ..layout import LANES, dots_unit
 from ..target import Target
 from .rule import Problem, ScheduleRule, Tiling
-from .tilings import SMALL_M, decode_in_registers, decode_to_panel, small_shapes, sum_shapes, tall_shapes
+from .tilings import SMALL_M, Shape, decode_in_registers, decode_to_panel, small_shapes, sum_shapes, tall_shapes
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -124,7 +124,7 @@ class DotSmallM(_DotRule):
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
         most = sum_shapes(problem.target, self.unit.vector_lanes)[0]
-        return self.finish(decode_in_registers(problem, small_shapes(most, problem.m)))
+        return self.finish(decode_in_registers(problem, _four_first(small_shapes(most, problem.m))))
 
 
 class DotGemm(_DotRule):
@@ -136,4 +136,12 @@ class DotGemm(_DotRule):
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
         shapes = tall_shapes(*sum_shapes(problem.target, self.unit.vector_lanes), problem.m)
-        return self.finish(decode_to_panel(problem, shapes, _PANEL_K))
+        return self.finish(decode_to_panel(problem, _four_first(shapes), _PANEL_K))
+
+
+def _four_first(shapes: list[Shape]) -> list[Shape]:
+    """Four blocks of columns come first: 4 x 4 took 5.74 ms where 8 x 3 took 5.86, and 1 x 4 312 us where 1 x 8 took 328.
+
+    (int8 times int8 with M=128, and times uint4 with M=1, 4096 x 4096, VNNI on Zen 4.)
+    """
+    return sorted(shapes, key=lambda shape: (shape[1] != 4, shape[1] == 4 and shape[0] > 4))
