@@ -53,6 +53,11 @@ class TunedBucket:
 
 def random_operands(config: MatmulConfig, layout: PackedLayout, m: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A (m, K), and the operands that a kernel takes after it, with random contents, for the config of kernels."""
+    with torch.device("cpu"):  # whatever the default device is
+        return _random_operands(config, layout, m)
+
+
+def _random_operands(config: MatmulConfig, layout: PackedLayout, m: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     if config.A_dtype == "int8":
         a = torch.randint(-127, 128, (m, config.K), dtype=torch.int8, generator=generator)
@@ -89,7 +94,7 @@ def measure(kernels: Kernels, config: MatmulConfig, layout: PackedLayout, m: int
     a, (weight, *rest) = random_operands(config.kernel, layout, m)
     copies = max(1, min(16, ROTATED_BYTES // weight.numel()))
     weights = [weight, *(weight.clone() for _ in range(copies - 1))]
-    out = torch.empty(m, config.N, dtype=getattr(torch, config.out_dtype))
+    out = torch.empty(m, config.N, dtype=getattr(torch, config.out_dtype), device="cpu")
     for w in weights[:2]:
         kernels.launch(m, [a, w, *rest], out)
     times: list[float] = []

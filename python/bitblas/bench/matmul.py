@@ -207,7 +207,8 @@ def torch_int_mm(workload: Workload, budget: int) -> Candidate | Skipped:
     if config.A_dtype != "int8" or not config.format.is_integer or workload.scale is not None:
         return Skipped(name, "multiplies int8 by int8 without scales")
     dense = workload.dense(torch.float32)
-    if float(dense.abs().max()) > 127 or workload.bias is not None or workload.zero_points is not None:
+    low, high = (float(end) for end in dense.aminmax())
+    if low < -128 or high > 127 or workload.bias is not None or workload.zero_points is not None:
         return Skipped(name, "takes weights of int8 alone")
     weights = rotate(dense.to(torch.int8), budget)
     a = workload.a

@@ -67,6 +67,8 @@ class Matmul:
         No schedule rule serves the config, or this machine cannot run the target.
     BuildError
         A compiler is missing or failed.
+    ArtifactError
+        Others may write the artifact store.
     """
 
     def __init__(
@@ -173,6 +175,11 @@ class Matmul:
         codes : torch.Tensor
             (N, K) integers 0 .. 2^b - 1 of any integer dtype; for float16 and bfloat16 int16 bit patterns, for float32 int32.
 
+        Returns
+        -------
+        torch.Tensor
+            As `transform_weight`.
+
         Raises
         ------
         ArgumentError
@@ -194,7 +201,18 @@ class Matmul:
         return packing.pack(codes.to(torch.uint8), self.layout)
 
     def unpack_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """The (N, K) codes of a weight in this operator's layout: uint8, or int16 and int32 bit patterns of native dtypes."""
+        """The (N, K) codes of a weight in this operator's layout; the inverse of `pack`.
+
+        Returns
+        -------
+        torch.Tensor
+            (N, K) uint8, or int16 and int32 bit patterns of native dtypes, on the device of `weight`.
+
+        Raises
+        ------
+        ArgumentError
+            Wrong kind or shape.
+        """
         check_dense("weight", weight)
         if list(weight.shape) != self.retrieve_weight_shape():
             raise ArgumentError(
@@ -262,6 +280,8 @@ class Matmul:
         ------
         ArgumentError
             A tensor is missing, superfluous, or of the wrong kind, shape, dtype or device. No kernel has run then.
+        BuildError, ArtifactError, UnsupportedError
+            As for the constructor, by the first call of an operator that was made with `from_database=True`.
         """
         named = None
         if scale is not None or zeros is not None or bias is not None:
@@ -302,19 +322,38 @@ class Matmul:
         ----------
         topk : int
             How many tilings of a bucket to try at most.
-        target : object, optional
-            Retarget the operator first.
+        target : None, str, dict, Target, or tvm.target.Target
+            What to compile for from now on: a target whose kernels read weights in this operator's layout. None keeps the
+            operator's.
         parallel_build : bool
             Accepted; candidates are built one after the other.
 
         Returns
         -------
         dict
-            By bucket: the chosen tiling's fields and the median seconds of each candidate.
+            By bucket: ``"tiling"``, the fields of the fastest, and ``"candidates"``, a list of ``{"tiling", "seconds"}`` with
+            the median seconds of a call.
+
+        Raises
+        ------
+        ArgumentError
+            `topk` is no int of at least 1, or the target's kernels read weights in another layout.
+        ConfigError
+            The target is not understood.
+        UnsupportedError
+            No schedule rule serves the config on the target, or this machine cannot run it.
+        BuildError
+            Not one tiling of a bucket could be built.
         """
         if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
             raise ArgumentError(f"topk is {topk!r}; it must be an integer of at least 1")
         chosen = self.target if target is None else resolve_target(target)
+        needed = plan_matmul(self.config, chosen).layout
+        if needed != self.layout:  # weights that were transformed before would be read wrongly
+            raise ArgumentError(
+                f"target is {target!r}, whose kernels read weights in the layout {needed.name!r}; those of this operator lie "
+                f"in {self.layout.name!r}. Construct another operator for it"
+            )
         found = tuner.tune(self.config, chosen, topk, lambda plan: provide(plan).kernels, self._time_rows)
         tuner.save_record(self.config, chosen, found)
         with self._lock.held():
@@ -331,6 +370,11 @@ class Matmul:
         ----------
         dynamic_symbolic_constraints : dict, optional
             ``{"m": rows}``.
+
+        Raises
+        ------
+        ArgumentError
+            The rows are no int of at least 1, or not the M that the operator was built for.
         """
         m = (dynamic_symbolic_constraints or {}).get("m", self.config.buckets[-1])
         if isinstance(m, bool) or not isinstance(m, int) or m < 1:
@@ -399,7 +443,7 @@ class Matmul:
 
     @cached_property
     def lut(self) -> torch.Tensor | None:
-        """The 16 values of nf4, in the dtype of scales; None for other formats."""
+        """The (16,) values of nf4, in the dtype of scales, on the CPU; None for other formats."""
         if self.config.W_dtype != "nf4":
             return None
         dtype = getattr(torch, self.config.scale_dtype)

@@ -1,40 +1,23 @@
 """README.md and docs/: every Python block runs, tables say what the code says, links lead somewhere."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from bitblas import env
 from bitblas.formats import FORMATS
-
-ROOT = Path(__file__).resolve().parents[3]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmark" / "README.md"]
-_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def names(path):
-    return path.relative_to(ROOT).as_posix()
-
-
-def blocks(path):
-    """(line, language, text) of each fenced block."""
-    text = path.read_text(encoding="utf-8")
-    return [(text[: match.start(2)].count("\n"), match[1], match[2]) for match in _FENCE.finditer(text)]
-
-
-PROGRAMS = [path for path in DOCUMENTS if any(language == "python" for _, language, _ in blocks(path))]
+from documents import CONSOLE, DOCUMENTS, PROGRAMS, PYTHON, ROOT, SIGNATURE, anchors, blocks, names, rows_between
 
 
 def test_the_documents_are_found():
-    assert {"README.md", "docs/QuickStart.md"} <= {names(path) for path in PROGRAMS}
+    assert {"README.md", "docs/QuickStart.md", "docs/PythonAPI.md"} <= {names(path) for path in PROGRAMS}
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=names)
 def test_python_blocks_run(path):
     namespace = {"__name__": "__main__"}
     for line, language, text in blocks(path):
-        if language == "python":
+        if language == PYTHON:
             # blank lines in front, so that a failure names the document's own line
             exec(compile("\n" * line + text, str(path), "exec"), namespace)
 
@@ -42,15 +25,7 @@ def test_python_blocks_run(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=names)
 def test_blocks_say_what_they_are(path):
     languages = {language for _, language, _ in blocks(path)}
-    assert languages <= {"python", "console"}
-
-
-def rows_between(document, name):
-    """The table's lines below its two heading lines, between `<!-- name: … -->` and `<!-- end of name -->`."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    found = re.search(rf"<!-- {name}: .*?-->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)
-    assert found, f"{document} has no table {name!r}"
-    return found[1].splitlines()[2:]
+    assert languages <= {PYTHON, CONSOLE, SIGNATURE}
 
 
 def format_rows():
@@ -79,11 +54,16 @@ def variable_rows():
 )
 def test_tables(document, name, expected):
     wanted = list(expected())
-    assert rows_between(document, name) == wanted, "the table should be:\n" + "\n".join(wanted)
+    assert rows_between(ROOT / document, name) == wanted, "the table should be:\n" + "\n".join(wanted)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=names)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-        if not target.startswith(("http://", "https://")):
-            assert (path.parent / target).exists(), f"{names(path)} links to {target}"
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        document = path.parent / name if name else path
+        assert document.exists(), f"{names(path)} links to {target}"
+        if anchor:
+            assert anchor in anchors(document), f"{names(path)} links to {target}"
