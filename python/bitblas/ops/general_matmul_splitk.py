@@ -57,19 +57,7 @@ class MatmulWithSplitK(Matmul):
     """
 
     config: MatmulConfigWithSplitK
-
-    def __init__(
-        self,
-        config: MatmulConfigWithSplitK,
-        name: str = "matmul",
-        target: object = None,
-        enable_tuning: bool = True,
-        from_database: bool = False,
-        backend: str = "tl",
-    ) -> None:
-        if not isinstance(config, MatmulConfigWithSplitK):
-            raise ConfigError(f"config is {config!r}; it must be a MatmulConfigWithSplitK")
-        super().__init__(config, name, target, enable_tuning, from_database, backend)
+    _config_class = MatmulConfigWithSplitK
 
     @property
     def k_split(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -71,6 +71,9 @@ class Matmul:
         Others may write the artifact store.
     """
 
+    #: The class of `config`.
+    _config_class: ClassVar[type[MatmulConfig]] = MatmulConfig
+
     def __init__(
         self,
         config: MatmulConfig,
@@ -80,8 +83,8 @@ class Matmul:
         from_database: bool = False,
         backend: str = "tl",
     ) -> None:
-        if not isinstance(config, MatmulConfig):
-            raise ConfigError(f"config is {config!r}; it must be a MatmulConfig")
+        if not isinstance(config, self._config_class):
+            raise ConfigError(f"config is {config!r}; it must be a {self._config_class.__name__}")
         if backend not in BACKENDS:
             raise ConfigError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
         resolved = resolve_target(target)

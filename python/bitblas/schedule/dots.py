@@ -9,8 +9,8 @@ from ..config import MatmulConfig
 from ..formats import DataFormat
 from ..layout import LANES, dots_unit
 from ..target import Target
-from .rule import Problem, ScheduleRule, Tiling
-from .tilings import SMALL_M, Shape, decode_in_registers, decode_to_panel, small_shapes, sum_shapes, tall_shapes
+from .rule import Problem, Tiling, UnitRule
+from .tilings import Shape, decode_in_registers, decode_to_panel, small_shapes, sum_shapes, tall_shapes
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -84,19 +84,30 @@ def takes_dots(config: MatmulConfig, target: Target) -> bool:
     )
 
 
-class _DotRule(ScheduleRule):
+class DotRule(UnitRule):
+    """Codes are split into bytes, in registers or into a panel, and multiplied four at a time."""
+
     layouts = ("dots",)
 
-    def __init__(self, unit: DotUnit, suffix: str) -> None:
-        self.unit, self.name = unit, f"{unit.name}_{suffix}"
+    def __init__(self, unit: DotUnit, few_rows: bool) -> None:
+        super().__init__(unit.name, few_rows)
+        self.unit = unit
 
     def decline(self, problem: Problem) -> str | None:
-        return super().decline(problem) or self.unit.decline(problem.config.format, problem.target)
+        """See `ScheduleRule`."""
+        return self.unit.decline(problem.config.format, problem.target) or super().decline(problem)
 
-    def finish(self, tilings: list[Tiling]) -> list[Tiling]:
-        return [replace(tiling, dot=self.unit.dot) for tiling in tilings]
+    def tilings(self, problem: Problem) -> list[Tiling]:
+        """See `ScheduleRule`."""
+        most, shapes = sum_shapes(problem.target, self.unit.vector_lanes)
+        if self.few_rows:
+            found = decode_in_registers(problem, _four_first(small_shapes(most, problem.m)))
+        else:
+            found = decode_to_panel(problem, _four_first(tall_shapes(most, shapes, problem.m)), _PANEL_K)
+        return [replace(tiling, dot=self.unit.dot) for tiling in found]
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
+        """See `ScheduleRule`."""
         from .intrinsics import dot_quads
         from .lanes import Intrinsics, schedule_lanes
 
@@ -106,37 +117,6 @@ class _DotRule(ScheduleRule):
             return dot_quads(unit.instruction, unit.vector_lanes, unit.dot, depth)
 
         return schedule_lanes(func, problem, tiling, Intrinsics(dot=dot, depth=unit.depth(problem.config.format)))
-
-
-class DotSmallM(_DotRule):
-    """Up to four rows: codes are split in registers, all rows at once."""
-
-    def __init__(self, unit: DotUnit) -> None:
-        super().__init__(unit, "small_m")
-
-    def decline(self, problem: Problem) -> str | None:
-        """See `ScheduleRule`."""
-        reason = super().decline(problem)
-        if reason is None and problem.m > SMALL_M:
-            reason = f"is for at most {SMALL_M} rows, not {problem.m}"
-        return reason
-
-    def tilings(self, problem: Problem) -> list[Tiling]:
-        """See `ScheduleRule`."""
-        most = sum_shapes(problem.target, self.unit.vector_lanes)[0]
-        return self.finish(decode_in_registers(problem, _four_first(small_shapes(most, problem.m))))
-
-
-class DotGemm(_DotRule):
-    """Any number of rows: codes are split once, into a panel of bytes."""
-
-    def __init__(self, unit: DotUnit) -> None:
-        super().__init__(unit, "gemm")
-
-    def tilings(self, problem: Problem) -> list[Tiling]:
-        """See `ScheduleRule`."""
-        shapes = tall_shapes(*sum_shapes(problem.target, self.unit.vector_lanes), problem.m)
-        return self.finish(decode_to_panel(problem, _four_first(shapes), _PANEL_K))
 
 
 def _four_first(shapes: list[Shape]) -> list[Shape]:

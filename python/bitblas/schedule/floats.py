@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..formats import DataFormat
 from ..target import Target
-from .rule import Problem, ScheduleRule, Tiling
-from .tilings import SMALL_M, decode_in_registers, decode_to_panel, small_shapes, sum_shapes, tall_shapes
+from .rule import Problem, Tiling, UnitRule
+from .tilings import decode_in_registers, decode_to_panel, small_shapes, sum_shapes, tall_shapes
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -63,49 +63,29 @@ FLOAT_UNITS: tuple[FloatUnit, ...] = (
 )
 
 
-class _FloatRule(ScheduleRule):
-    def __init__(self, unit: FloatUnit, suffix: str) -> None:
-        self.unit, self.name = unit, f"{unit.name}_{suffix}"
+class FloatRule(UnitRule):
+    """Codes become float32, in registers or in a panel, and are multiplied one a lane."""
+
+    def __init__(self, unit: FloatUnit, few_rows: bool) -> None:
+        super().__init__(unit.name, few_rows)
+        self.unit = unit
 
     def decline(self, problem: Problem) -> str | None:
-        return super().decline(problem) or self.unit.decline(problem.target)
+        """See `ScheduleRule`."""
+        return self.unit.decline(problem.target) or super().decline(problem)
+
+    def tilings(self, problem: Problem) -> list[Tiling]:
+        """See `ScheduleRule`."""
+        most, shapes = sum_shapes(problem.target, self.unit.lanes(problem.target))
+        if self.few_rows:
+            return decode_in_registers(problem, small_shapes(most, problem.m))
+        return decode_to_panel(problem, tall_shapes(most, shapes, problem.m))
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
+        """See `ScheduleRule`."""
         from .intrinsics import look_up
         from .lanes import Intrinsics, schedule_lanes
 
         fmt = problem.config.format
         decode = look_up(self.unit.lookup, fmt.name) if self.unit.looks_up(fmt) else None
         return schedule_lanes(func, problem, tiling, Intrinsics(decode))
-
-
-class FloatSmallM(_FloatRule):
-    """Up to four rows: all rows at once, many columns, so that as many loads as possible are on their way."""
-
-    def __init__(self, unit: FloatUnit) -> None:
-        super().__init__(unit, "small_m")
-
-    def decline(self, problem: Problem) -> str | None:
-        """See `ScheduleRule`."""
-        reason = super().decline(problem)
-        if reason is None and problem.m > SMALL_M:
-            reason = f"is for at most {SMALL_M} rows, not {problem.m}"
-        return reason
-
-    def tilings(self, problem: Problem) -> list[Tiling]:
-        """See `ScheduleRule`."""
-        most = sum_shapes(problem.target, self.unit.lanes(problem.target))[0]
-        return decode_in_registers(problem, small_shapes(most, problem.m))
-
-
-class FloatGemm(_FloatRule):
-    """Any number of rows: three quarters of the registers hold sums, and weights are decoded once."""
-
-    def __init__(self, unit: FloatUnit) -> None:
-        super().__init__(unit, "gemm")
-
-    def tilings(self, problem: Problem) -> list[Tiling]:
-        """See `ScheduleRule`."""
-        return decode_to_panel(
-            problem, tall_shapes(*sum_shapes(problem.target, self.unit.lanes(problem.target)), problem.m)
-        )

@@ -23,6 +23,9 @@ EXACT_INT8_TERMS = 512
 #: … and those of dot products in int32: 65536 · 128 · 255 < 2^31.
 EXACT_DOT_TERMS = 1 << 16
 
+#: Rows up to which one tile of rows holds them all, so that weights are decoded exactly once.
+SMALL_M = 4
+
 #: A divisor of a group that is smaller than this makes no good chunk: then the whole group is one.
 _SHORTEST_CHUNK = 32
 
@@ -141,6 +144,30 @@ class ScheduleRule(ABC):
     @abstractmethod
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """Schedule `func`, which was built for `tiling`'s block sizes. Imports TVM."""
+
+
+class UnitRule(ScheduleRule):
+    """A rule for a unit of a machine.
+
+    Parameters
+    ----------
+    unit : str
+        The unit's name.
+    few_rows : bool
+        Whether it is for at most `SMALL_M` rows, all at once, with weights decoded in registers; else it is for any number,
+        with weights decoded once, into a panel.
+    """
+
+    def __init__(self, unit: str, few_rows: bool) -> None:
+        self.few_rows = few_rows
+        self.name = f"{unit}_{'small_m' if few_rows else 'gemm'}"
+
+    def decline(self, problem: Problem) -> str | None:
+        """See `ScheduleRule`."""
+        reason = super().decline(problem)
+        if reason is None and self.few_rows and problem.m > SMALL_M:
+            reason = f"is for at most {SMALL_M} rows, not {problem.m}"
+        return reason
 
 
 def select_rule(rules: tuple[ScheduleRule, ...], problem: Problem) -> ScheduleRule:

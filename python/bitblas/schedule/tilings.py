@@ -11,9 +11,6 @@ from .rule import Problem, Tiling
 #: Rows × blocks of sixteen columns whose sums stay in registers.
 Shape = tuple[int, int]
 
-#: Rows up to which one tile of rows holds them all, so that weights are decoded exactly once.
-SMALL_M = 4
-
 #: Multiply-accumulates below which starting threads costs more than they save.
 SERIAL_WORK = 1 << 16
 
