@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from . import env
 from .errors import ConfigError
+
+T = TypeVar("T")
 
 #: Every message of bitblas goes here.
 logger = logging.getLogger("bitblas")
@@ -101,6 +103,13 @@ def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
         yield step
         if begun:
             bar.update()
+
+
+def tracked(steps: Sequence[T], what: str) -> Iterable[T]:
+    """The steps of a loop, with a bar as that of `progress`."""
+    from tqdm import tqdm
+
+    return tqdm(steps, desc=what, delay=_PATIENCE_SECONDS, disable=None, leave=False)
 
 
 def warn_once(key: str, message: str, *args: object) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from .errors import ArgumentError
 from .formats import DataFormat
 from .layout import LANES, QUAD, PackedLayout, Plane
+from .logs import tracked
 
 #: Rows that are transformed at a time, so that temporaries stay small beside the weight.
 _BLOCK_ROWS = 1024
+
+#: Codes from which on a bar is worth its import.
+_MANY_CODES = 1 << 28
 
 _WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -68,7 +74,7 @@ def _encode_integers(values: torch.Tensor, fmt: DataFormat, argument: str) -> to
         )
     low, high = fmt.value_range if fmt.is_integer else (0, (1 << fmt.bits) - 1)
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
-    for first in range(0, values.shape[0], _BLOCK_ROWS):
+    for first in _blocks(values.shape, f"encoding {fmt.name}"):
         block = comparable(values[first : first + _BLOCK_ROWS])
         if block.numel():
             _check_range(block, low, high, fmt, argument)
@@ -126,7 +132,7 @@ def pack(codes: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     if tuple(codes.shape) != (layout.N, layout.K):
         raise ArgumentError(f"codes have shape {tuple(codes.shape)}; expected ({layout.N}, {layout.K})")
     out = torch.empty(layout.num_bytes, dtype=torch.uint8, device=codes.device)
-    for first in range(0, layout.N, _BLOCK_ROWS):
+    for first in _blocks(codes.shape, "packing weights"):
         block = codes[first : first + _BLOCK_ROWS]
         if layout.name == "packed":
             out.view(layout.N, -1)[first : first + _BLOCK_ROWS] = _pack_rows(block, layout.bits)
@@ -153,7 +159,7 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         raise ArgumentError(f"packed weights have {size} bytes; this layout has {layout.num_bytes}")
     flat = packed.contiguous().view(torch.uint8).view(-1)
     codes = torch.empty((layout.N, layout.K), dtype=_code_dtype(layout.bits), device=packed.device)
-    for first in range(0, layout.N, _BLOCK_ROWS):
+    for first in _blocks(codes.shape, "unpacking weights"):
         block = codes[first : first + _BLOCK_ROWS]
         if layout.name == "packed":
             block.copy_(_unpack_rows(flat.view(layout.N, -1)[first : first + _BLOCK_ROWS], layout.K, layout.bits))
@@ -177,6 +183,12 @@ def repack(packed: torch.Tensor, source: PackedLayout, target: PackedLayout) -> 
     if source == target:
         return packed
     return pack(unpack(packed, source), target)
+
+
+def _blocks(shape: torch.Size, what: str) -> Iterable[int]:
+    """First rows of the blocks of a matrix; with a bar where there is so much that it takes a while."""
+    rows = range(0, shape[0], _BLOCK_ROWS)
+    return tracked(rows, what) if shape.numel() > _MANY_CODES else rows
 
 
 def unpack_nibbles(packed: torch.Tensor, k: int) -> torch.Tensor:

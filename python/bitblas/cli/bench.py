@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import A_DTYPES, OUT_DTYPES, ZEROS_MODES, MatmulConfig
 from ..formats import FORMATS, parse_format
+from ..logs import tracked
 
 if TYPE_CHECKING:
     from ..bench import Comparison, Machine
@@ -92,7 +93,8 @@ def run(options: argparse.Namespace) -> int:
         peers.append(bench.torch_int_mm)
     with bench.use_threads(options.threads) as threads:
         machine = bench.measure_machine(threads)
-        rows = [bench.compare(op, m, peers, options.seconds) for m in sorted(set(options.M))]
+        numbers = tracked(sorted(set(options.M)), "measuring")
+        rows = [bench.compare(op, m, peers, options.seconds) for m in numbers]
     if options.json:
         print(json.dumps({"machine": machine.fields(), "results": [row.fields(machine) for row in rows]}, indent=1))
     else:

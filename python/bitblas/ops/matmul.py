@@ -259,7 +259,7 @@ class Matmul:
         A : torch.Tensor
             (..., M, K), or (..., K, M) for the layouts tn and tt, in A_dtype, any strides; of one dimension: (K,). An operator
             for an int M needs other dimensions that multiply to M. int4: values in int8, or two's complement pairs of
-            consecutive k in the bytes of an int8 tensor, the first in the low bits, with ceil(K / 2) in the place of K.
+            consecutive k in the bytes of an int8 tensor, the first in the low bits, with ceil(K / 2) in the place of K > 1.
         W : torch.Tensor
             What `transform_weight` returned; int8 or uint8.
         *extras : torch.Tensor
