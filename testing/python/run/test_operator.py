@@ -151,6 +151,28 @@ def test_old_forms_of_a_target():
     assert Matmul(small(), target={"kind": "llvm", "mcpu": "haswell"}, from_database=True).target.mcpu == "haswell"
 
 
+# -- what it says --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_build_says_what_for_which_rows_and_where_it_is_kept(store, caplog):
+    caplog.set_level("INFO", logger="bitblas")
+    first, second = Matmul(small()), Matmul(small())
+    building, compiled, loaded = (record.getMessage() for record in caplog.records)
+    what = f"float16 x uint4 -> {first.out_dtype}, N={first.N} K={first.K} for buckets 1, 16 on {first.target.isa}"
+    assert building == f"building {what} into {store}"
+    assert compiled.startswith(f"compiled {what} in ")
+    assert loaded.startswith(f"loaded {what} in ")
+    for message in (compiled, loaded):
+        assert message.endswith(f" s, kept in {second.artifact.path}")
+    assert second.artifact.path.is_relative_to(store)
+
+
+def test_a_build_is_quiet_by_default(store, capfd, caplog):
+    Matmul(small())
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
 # -- tuning ----------------------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,12 @@
 """Exceptions, environment variables and logging: what they promise, and that nothing happens at import."""
 
+import io
 import logging
 import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -282,3 +284,31 @@ def test_the_digest_follows_names_and_contents_but_not_documentation(monkeypatch
         (tmp_path / "b.c").rename(tmp_path / "c.c") and digest(),
     }
     assert len(changed) == 4
+
+
+# -- progress --------------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A standard error that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+@pytest.mark.parametrize("patience", [0, 3600])
+def test_bars_are_for_terminals_and_for_what_takes_long(monkeypatch, stream, patience):
+    monkeypatch.setattr(logs, "_PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(sys, "stderr", stream())
+    with logs.progress("building it", 2) as step:
+        for name in ("first", "second"):
+            step(name)
+            time.sleep(0.15)  # a bar is not drawn more often than every 0.1 s
+    assert list(logs.tracked([3, 4], "walking")) == [3, 4]
+    shown = sys.stderr.getvalue()
+    if stream is Terminal and patience == 0:
+        for text in ("building it", "1/2", "second", "2/2", "walking"):
+            assert text in shown
+    else:
+        assert shown == ""
