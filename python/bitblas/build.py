@@ -46,7 +46,11 @@ def find_compiler() -> str | None:
     """
     named = env.CC.get()
     if named:
-        if shutil.which(shlex.split(named)[0]) is None:
+        try:
+            words = shlex.split(named)
+        except ValueError as error:
+            raise BuildError(f"BITBLAS_CC is {named!r}, which is no command: {error}") from None
+        if shutil.which(words[0]) is None:
             raise BuildError(f"BITBLAS_CC is {named!r}, and there is no such program")
         return named
     return next((path for name in _COMPILERS if (path := shutil.which(name))), None)

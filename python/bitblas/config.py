@@ -77,8 +77,8 @@ class MatmulConfig:
         float16, bfloat16, float32; and, for int8 or int4 times an integer format, int32 or int8 (saturating).
     accum_dtype : str
         float16, bfloat16, float32 or int32. Honoured or exceeded: floats are accumulated in float32; integers exactly, in
-        int32, or int64 where K is so large that int32 could overflow. Sums of groups with scales of their own are added
-        in float32, or in float64 where int32 was asked for.
+        int32, or int64 where K is so large that int32 could overflow. What scales, zero points and a bias in float add
+        to them is computed in float32; in float64 where int32 was asked for, here or as out_dtype.
     layout : str
         What A and the weights look like. First letter ``n``: A is (..., M, K) and the output (..., M, N); ``t``: A is
         (..., K, M), the output still (..., M, N). Second letter ``t``: `transform_weight` takes (N, K); ``n``: (K, N). Packed
@@ -243,10 +243,16 @@ class MatmulConfig:
         if not self.integer_products:
             return "float32"
         if not self.integer_accumulation:
-            return "float64" if self.accum_dtype == "int32" else "float32"
+            return self.scaling_dtype
         low, high = self.format.value_range
         largest = self.K * 128 * (max(-low, high) + (high if self.zeros_packed else 0))
         return "int32" if largest < 1 << 31 else "int64"
+
+    @property
+    def scaling_dtype(self) -> str:
+        """Dtype in which sums of integers meet floats: float64 where exactness was asked for."""
+        exact = self.integer_products and (self.accum_dtype == "int32" or self.out_dtype in _INTEGER_DTYPES)
+        return "float64" if exact else "float32"
 
     @property
     def held_dtype(self) -> str:

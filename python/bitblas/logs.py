@@ -73,7 +73,7 @@ def set_log_level(level: str | int) -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on a terminal for what takes longer than a second.
+    """Show a bar, on a terminal or in a notebook, for what takes longer than a second.
 
     Parameters
     ----------
@@ -87,9 +87,9 @@ def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
     callable
         To be called with the name of each step as it begins; the one before it is then done.
     """
-    from tqdm import tqdm  # only here: it would take a fifth of `import bitblas`
+    from tqdm.auto import tqdm  # only here: it would take a fifth of `import bitblas`
 
-    # disable=None: only where standard error is a terminal
+    # disable=None: in a notebook, and where standard error is a terminal
     with tqdm(total=total, desc=what, delay=_PATIENCE_SECONDS, disable=None, leave=False) as bar:
         begun = False
 
@@ -107,7 +107,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 def tracked(steps: Sequence[T], what: str) -> Iterable[T]:
     """The steps of a loop, with a bar as that of `progress`."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     return tqdm(steps, desc=what, delay=_PATIENCE_SECONDS, disable=None, leave=False)
 

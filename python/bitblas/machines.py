@@ -1,11 +1,54 @@
-"""CPUs and graphics cards by name: instruction sets and compute capabilities."""
+"""Instruction sets and what they build upon; CPUs and graphics cards by name."""
 
 from __future__ import annotations
 
+#: Instruction sets that rules ask for, or that LLVM uses where it finds a place, in its names, by those of Linux.
+LINUX_FLAGS = {
+    **{name: name for name in ("popcnt", "ssse3", "avx", "avx2", "bmi2", "f16c", "fma", "movbe", "gfni")},
+    **{name: name for name in ("sse4a", "xop", "fma4", "tbm", "i8mm")},
+    **{name: name for name in ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512ifma", "avx512vbmi")},
+    "sse4_2": "sse4.2",
+    "bmi1": "bmi",
+    "abm": "lzcnt",
+    "avx512_vnni": "avx512vnni",
+    "avx512_bf16": "avx512bf16",
+    "avx512_fp16": "avx512fp16",
+    "avx512_vbmi2": "avx512vbmi2",
+    "avx512_bitalg": "avx512bitalg",
+    "avx512_vpopcntdq": "avx512vpopcntdq",
+    "avx_vnni": "avxvnni",
+    "avx_vnni_int8": "avxvnniint8",
+    "avx_vnni_int16": "avxvnniint16",
+    "avx_ifma": "avxifma",
+    "avx_ne_convert": "avxneconvert",
+    "asimd": "neon",
+    "asimddp": "dotprod",
+}
+
+#: What an instruction set is built upon: one comes with the other, and goes with it.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "sse4.2": ("ssse3",),
+    "avx": ("sse4.2",),
+    "f16c": ("avx",),
+    "fma": ("avx",),
+    "xop": ("fma4",),
+    "fma4": ("avx", "sse4a"),
+    "avx2": ("avx",),
+    **dict.fromkeys(("avxvnni", "avxvnniint8", "avxvnniint16", "avxifma", "avxneconvert"), ("avx2",)),
+    "avx512f": ("avx2", "f16c", "fma"),
+    **dict.fromkeys(("avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512ifma", "avx512vnni"), ("avx512f",)),
+    "avx512vpopcntdq": ("avx512f",),
+    **dict.fromkeys(("avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512bf16"), ("avx512bw",)),
+    "avx512fp16": ("avx512bw",),
+    "dotprod": ("neon",),
+    "i8mm": ("neon",),
+}
+
 _V2 = frozenset({"sse4.2", "ssse3", "popcnt"})
-_V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma"}
+_V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_ICELAKE = _V4 | {"avx512vnni", "avx512vbmi"}
+_ICELAKE = _V4 | {"avx512vnni", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512ifma", "avx512vpopcntdq", "gfni"}
+_ZEN = _V3 | {"sse4a"}
 LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
     ("x86-64-v4", _V4),
     ("x86-64-v3", _V3),
@@ -23,11 +66,11 @@ X86_CPUS: dict[str, frozenset[str]] = {
     "haswell": _V3,
     "broadwell": _V3,
     "skylake": _V3,
-    "alderlake": _V3 | {"avxvnni"},
-    "raptorlake": _V3 | {"avxvnni"},
-    "znver1": _V3,
-    "znver2": _V3,
-    "znver3": _V3,
+    "alderlake": _V3 | {"avxvnni", "gfni"},
+    "raptorlake": _V3 | {"avxvnni", "gfni"},
+    "znver1": _ZEN,
+    "znver2": _ZEN,
+    "znver3": _ZEN,
     "skylake-avx512": _V4,
     "cascadelake": _V4 | {"avx512vnni"},
     "cooperlake": _V4 | {"avx512vnni", "avx512bf16"},
@@ -35,9 +78,9 @@ X86_CPUS: dict[str, frozenset[str]] = {
     "icelake-server": _ICELAKE,
     "rocketlake": _ICELAKE,
     "tigerlake": _ICELAKE,
-    "sapphirerapids": _ICELAKE | {"avx512bf16", "avxvnni"},
-    "znver4": _ICELAKE | {"avx512bf16"},
-    "znver5": _ICELAKE | {"avx512bf16", "avxvnni"},
+    "sapphirerapids": _ICELAKE | {"avx512bf16", "avx512fp16", "avxvnni"},
+    "znver4": _ICELAKE | {"avx512bf16", "sse4a"},
+    "znver5": _ICELAKE | {"avx512bf16", "avxvnni", "sse4a"},
 }
 ARM_CPUS: dict[str, frozenset[str]] = {
     "generic": NEON,
@@ -84,3 +127,8 @@ CARDS = {
     "nvidia-b200": "sm_100",
     "geforce-rtx-5090": "sm_120",
 }
+
+
+def with_needs(name: str) -> frozenset[str]:
+    """An instruction set, and all that it is built upon."""
+    return frozenset({name}).union(*(with_needs(needed) for needed in NEEDS.get(name, ())))

@@ -15,6 +15,8 @@ from .target import Target
 MAX_WEIGHT_BYTES = 1 << 31
 #: … and activations and outputs, of which they compute a tile of rows at once.
 MAX_SIDE = 1 << 26
+#: Elements by which rows of a copy of A are set apart at most, so that they do not share the sets of a cache.
+MAX_SKEW = 128
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,24 @@ class MatmulPlan:
     def describe(self) -> str:
         """What is computed, for which buckets, and by which instructions: for messages."""
         config, buckets = self.config, ", ".join(str(m) for m, _ in self.buckets)
+        details = [f"N={config.N} K={config.K}"]
+        details += [f"groups of {config.group}"] if config.is_grouped and config.num_groups > 1 else []
+        details += [f"{config.zeros_mode} zeros"] if config.with_zeros else []
+        details += ["bias"] if config.with_bias else []
         return (
-            f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, N={config.N} K={config.K} for buckets {buckets} "
-            f"on {self.target.isa}"
+            f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, {', '.join(details)} for buckets {buckets} on "
+            f"{self.target.isa}"
         )
+
+    def row_elements(self, kernel: KernelPlan) -> int:
+        """Most elements that lie between two rows of a matrix that a kernel walks: of its copy of A, or of the output."""
+        chunk = kernel.tiling.chunk(self.config, self.layout)
+        return max(self.config.N, -(-self.config.K // chunk) * chunk + MAX_SKEW)
 
     @property
     def tilings(self) -> dict[int, Tiling]:
         """The tiling by bucket: what `plan_matmul` takes to decide the same again."""
         return {m: kernel.tiling for kernel in self.kernels for m in kernel.buckets}
-
-    @property
-    def largest_block_m(self) -> int:
-        """Rows that a kernel computes beyond M at most."""
-        return max(kernel.tiling.block_m for kernel in self.kernels)
 
     @property
     def buckets(self) -> list[tuple[int, str]]:
@@ -97,13 +103,6 @@ def native_layout(config: MatmulConfig, target: Target) -> PackedLayout:
     if takes_dots(config, target):
         return PackedLayout(config.N, config.K, config.format.bits, "dots")
     return PackedLayout.native(config.N, config.K, config.format)
-
-
-def rule_names(config: MatmulConfig, target: Target) -> list[str]:
-    """The rules that serve the buckets of `config` on `target`, each once."""
-    layout = native_layout(config, target)
-    problems = (Problem(config, layout, target, m) for m in config.buckets)
-    return list(dict.fromkeys(select_rule(RULES, problem).name for problem in problems))
 
 
 def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling] | None = None) -> MatmulPlan:

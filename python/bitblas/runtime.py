@@ -79,6 +79,8 @@ def _compute_alone() -> None:
 
 
 def _kernels(module: object, plan: MatmulPlan) -> Kernels:
-    indexable = max(1, MAX_ELEMENTS // max(plan.config.N, plan.config.K) - plan.largest_block_m)
-    slabs = {kernel.name: min(kernel.tiling.slab_m or indexable, indexable) for kernel in plan.kernels}
+    slabs = {}
+    for kernel in plan.kernels:
+        indexable = max(1, MAX_ELEMENTS // plan.row_elements(kernel) - kernel.tiling.block_m)
+        slabs[kernel.name] = min(kernel.tiling.slab_m or indexable, indexable)
     return Kernels(module, [(m, name, slabs[name]) for m, name in plan.buckets])

@@ -12,33 +12,14 @@ from pathlib import Path
 
 from . import env
 from .errors import ConfigError, UnsupportedError
-from .machines import ARM_CPUS, CARDS, LEVELS, NEON, X86_CPUS
+from .machines import ARM_CPUS, CARDS, LEVELS, LINUX_FLAGS, NEON, X86_CPUS, with_needs
 
-#: Instruction sets that rules ask for, in LLVM's names, by the name under which Linux lists them.
-_LINUX_FLAGS = {
-    "sse4_2": "sse4.2",
-    "popcnt": "popcnt",
-    "ssse3": "ssse3",
-    "avx": "avx",
-    "avx2": "avx2",
-    "bmi1": "bmi",
-    "bmi2": "bmi2",
-    "f16c": "f16c",
-    "fma": "fma",
-    "avx512f": "avx512f",
-    "avx512bw": "avx512bw",
-    "avx512cd": "avx512cd",
-    "avx512dq": "avx512dq",
-    "avx512vl": "avx512vl",
-    "avx512_vnni": "avx512vnni",
-    "avx512_bf16": "avx512bf16",
-    "avx512vbmi": "avx512vbmi",
-    "avx_vnni": "avxvnni",
-    "asimd": "neon",
-    "asimddp": "dotprod",
-    "i8mm": "i8mm",
+#: Instruction sets that this CPU is compiled for beyond its level: those that rules ask for.
+_ASKED_FOR = frozenset({"f16c", "fma", "avx", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512vnni"}) | {
+    *("avx512bf16", "avx512vbmi", "avxvnni", "dotprod", "i8mm")
 }
 _ARM = ("aarch64", "arm64")
+_ARCHITECTURES = ("x86_64", *_ARM)
 
 #: Options of TVM's targets that say nothing that a rule asks for.
 _IGNORED = frozenset(
@@ -77,7 +58,10 @@ class Target:
         found = set(_cpu_features(self.mcpu, self.arch))
         for attribute in self.mattr:
             name = attribute[1:]
-            found = found | {name} if attribute.startswith("+") else found - {name}
+            if attribute.startswith("+"):
+                found |= with_needs(name)
+            else:
+                found = {other for other in found if name not in with_needs(other)}
         return frozenset(found)
 
     @property
@@ -211,7 +195,7 @@ def _from_spec(spec: dict[str, object], given: object) -> Target:
             f"target is {given!r}; allowed: llvm, optionally with -mcpu and -mattr, cuda with -arch, nvidia/CARD, or one of "
             f"{', '.join((*X86_CPUS, *ARM_CPUS))}"
         )
-    unknown = set(spec) - {"kind"} - allowed - _IGNORED
+    unknown = {str(name) for name in spec} - {"kind"} - allowed - _IGNORED
     if unknown:
         raise ConfigError(
             f"target is {given!r}: {', '.join(sorted(unknown))} is not understood; allowed: {', '.join(sorted(allowed))}"
@@ -223,6 +207,8 @@ def _llvm(spec: dict[str, object], given: object) -> Target:
     mattr = _mattr(spec.get("mattr") or (), given)
     mcpu = str(spec.get("mcpu") or "")
     arch = str(spec.get("mtriple") or "").partition("-")[0]
+    if arch not in ("", *_ARCHITECTURES):
+        raise ConfigError(f"target is {given!r}: its triple must begin with one of {', '.join(_ARCHITECTURES)}")
     if mcpu in ("", "native"):
         if arch in ("", platform.machine()):
             host = host_target()
@@ -295,7 +281,7 @@ def _cpu_features(mcpu: str, arch: str) -> frozenset[str]:
             f"target: LLVM knows no CPU {mcpu!r} of {arch}; allowed: {', '.join(table)} and LLVM's other names"
         )
     known = tvm.get_global_func("target.llvm_get_cpu_features")(tvm.target.Target({**spec, "mcpu": mcpu}))
-    return frozenset(_LINUX_FLAGS.values()) & {str(name) for name in known}
+    return frozenset(LINUX_FLAGS.values()) & {str(name) for name in known}
 
 
 @cache
@@ -309,7 +295,7 @@ def host_features() -> frozenset[str]:
         name, _, value = line.partition(":")
         if name.strip().lower() in ("flags", "features"):
             flags = set(value.split())
-            return frozenset(feature for flag, feature in _LINUX_FLAGS.items() if flag in flags)
+            return frozenset(feature for flag, feature in LINUX_FLAGS.items() if flag in flags)
     return frozenset()
 
 
@@ -321,8 +307,10 @@ def host_target() -> Target:
     """
     machine, features = platform.machine(), host_features()
     if machine in _ARM:
-        return Target("llvm", machine, "generic", tuple(f"+{name}" for name in sorted(features - {"neon"})))
+        return Target("llvm", machine, "generic", tuple(f"+{name}" for name in sorted(features & _ASKED_FOR)))
     for level, needed in LEVELS:
         if needed <= features:
-            return Target("llvm", machine, level, tuple(f"+{name}" for name in sorted(features - needed)))
+            return Target(
+                "llvm", machine, level, tuple(f"+{name}" for name in sorted((features - needed) & _ASKED_FOR))
+            )
     raise UnsupportedError(f"no CPU target for {machine!r}; name one in BITBLAS_TARGET")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 #: Unit roundoff of a dtype to which results are rounded, and half the distance of its subnormal numbers.
-ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 _HALF_SUBNORMAL = {"float16": 2.0**-25, "bfloat16": 2.0**-134, "float32": 2.0**-150}
 _INTEGERS = ("int8", "int32")
 #: Activations that are integers, and those of at most 8 bits, beside which scales are floats of another dtype.
@@ -111,6 +111,11 @@ def as_weights(codes: torch.Tensor, fmt: str) -> torch.Tensor:
     if fmt.startswith("int"):
         return decode(codes, fmt).to(torch.int8)
     return codes.to(torch.uint8)
+
+
+def integers(cfg: object) -> bool:
+    """Whether the weights are integers."""
+    return cfg.W_dtype.startswith(("uint", "int"))
 
 
 def held(name: str) -> torch.dtype:
@@ -220,8 +225,7 @@ class Problem:
     def is_integer(self) -> bool:
         """Whether every operand is an integer, so that nothing may be rounded before out_dtype."""
         operands = [self.A, *self.extras.values()]
-        integers = self.config.W_dtype.startswith(("uint", "int"))
-        return integers and all(not t.is_floating_point() for t in operands)
+        return integers(self.config) and all(not t.is_floating_point() for t in operands)
 
 
 def _randint(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -369,15 +373,18 @@ def bound(problem: Problem) -> torch.Tensor:
     """Largest allowed distance from the float64 result, (m, N).
 
     2·√K·u(accum)·S + u(out)·|ref|, and half a subnormal number of out_dtype, where u stops being relative. Decoding is done in
-    float32, which is why its term is absent. Integer operands are accumulated exactly, and an int8 A beside floats in float32.
+    float32, which is why its term is absent. Integer operands are accumulated exactly, and an int8 A beside floats in float32,
+    or in float64 where int32 is asked for; that reaches 16 bits by way of float32.
     """
     cfg = problem.config
-    accum = "float32" if cfg.A_dtype in _INTEGER_A else cfg.accum_dtype
+    exact = cfg.accum_dtype == "int32" or cfg.out_dtype in _INTEGERS
+    accum = ("float64" if exact else "float32") if cfg.A_dtype in _INTEGER_A and integers(cfg) else cfg.accum_dtype
     u = 0.0 if problem.is_integer else ROUNDOFF[accum]
     allowed = 2 * math.sqrt(cfg.K) * u * problem.magnitude()
     if cfg.out_dtype in _INTEGERS:
         return allowed + 0.5 if not problem.is_integer else allowed
-    return allowed + ROUNDOFF[cfg.out_dtype] * problem.output().abs() + _HALF_SUBNORMAL[cfg.out_dtype]
+    rounding = ROUNDOFF[cfg.out_dtype] + (ROUNDOFF["float32"] if accum == "float64" else 0.0)
+    return allowed + rounding * problem.output().abs() + _HALF_SUBNORMAL[cfg.out_dtype]
 
 
 def _describe(out: torch.Tensor, reference: torch.Tensor, wrong: torch.Tensor, problem: Problem) -> str:

@@ -97,8 +97,7 @@ class Database:
             "toolchain": artifact.manifest["toolchain"],
             "key": artifact.key,
         }
-        key = artifact_key({name: record[name] for name in ("operator", "config", "target", "toolchain")})
-        path = self._directory(op.target) / f"{key}.json"
+        path = self._directory(op.target) / _file_name(record)
         with self._lock():
             untuned = op.plan == plan_matmul(op.config, op.target)
             if not (untuned and self._holds_another(path, record)):
@@ -168,6 +167,24 @@ class Database:
             )
         return found
 
+    def find(self, config: MatmulConfig, target: Target) -> Matmul | None:
+        """The operator that this version saved for a config and a target, ready to run, or None."""
+        names = [kind.__name__ for kind, config_class in KINDS.items() if type(config) is config_class]
+        if not names or not self.exists():
+            return None
+        if not toolchain()[COMPILER]:  # any version's serves, and their names are not known
+            return next((op for op in self.load(target) if op.config == config), None)
+        wanted = {"operator": names[0], "config": _fields(config), "target": target.fields(), "toolchain": toolchain()}
+        path = self._directory(target) / _file_name(wanted)
+        try:
+            target.check_runnable()
+            return self._restore(_read(path), target)
+        except (FileNotFoundError, UnsupportedError):
+            return None
+        except _DamagedError as damage:
+            warn_once(f"database.damaged {path}", "the saved operator %s is left out: %s", path, damage)
+            return None
+
     def _restore(self, record: Mapping[str, Any], target: Target) -> Matmul:
         try:
             kind = _BY_NAME[record["operator"]]
@@ -192,6 +209,11 @@ class Database:
 def _fields(config: MatmulConfig) -> dict[str, Any]:
     """What makes a config equal to another, as JSON values."""
     return {f.name: getattr(config, f.name) for f in fields(config) if f.compare}
+
+
+def _file_name(record: Mapping[str, Any]) -> str:
+    """The name of a record's file, by what tells it from others."""
+    return artifact_key({name: record[name] for name in ("operator", "config", "target", "toolchain")}) + ".json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from pathlib import Path
 
 from .. import env
@@ -10,7 +11,9 @@ from ..config import MatmulConfig
 from ..errors import ArgumentError, UnsupportedError
 from ..locks import ForkLock
 from ..logs import get_logger, warn_once
-from ..ops import Matmul
+from ..ops import Matmul, provider
+from ..ops.provider import Provided
+from ..plan import MatmulPlan
 from ..target import Target, resolve_target
 from .database import KINDS, Database
 
@@ -32,17 +35,26 @@ class OperatorCache:
         return f"OperatorCache(size={self.size()})"
 
     def add(self, config: MatmulConfig, op: Matmul) -> None:
-        """Hold an operator under its config, in the place of another that has an equal one."""
+        """Hold an operator under its config, in the place of another that has an equal one.
+
+        Raises
+        ------
+        ArgumentError
+            `config` is not that of `op`.
+        """
+        own = getattr(op, "config", config)
+        if own != config:
+            raise ArgumentError(f"config is {config!r}; it must be that of the operator, {own!r}")
         with self._lock.held():
             self._operators[config] = op
 
     def get(self, config: MatmulConfig) -> Matmul | None:
         """Return the operator of an equal config, or None."""
-        return self._operators.get(config)
+        return self._operators.get(config) if isinstance(config, Hashable) else None
 
     def exists(self, config: MatmulConfig) -> bool:
         """Whether there is an operator of an equal config."""
-        return config in self._operators
+        return self.get(config) is not None
 
     def size(self) -> int:
         """Number of operators."""
@@ -139,6 +151,14 @@ def _resolve(target: object) -> Target | None:
 
 #: What projects share that know nothing of each other.
 global_operator_cache = OperatorCache()
+
+
+def _find_saved(config: MatmulConfig, target: Target) -> tuple[MatmulPlan, Provided] | None:
+    found = Database(_path(None)).find(config, target)
+    return None if found is None or found.provided is None else (found.plan, found.provided)
+
+
+provider.find_saved = _find_saved
 
 
 def load_global_ops_cache(database_path: str | os.PathLike[str] | None = None, target: object = None) -> OperatorCache:

@@ -21,8 +21,8 @@ from .._version import __version__
 from ..artifacts import ArtifactStore
 from ..build import find_compiler
 from ..config import MatmulConfig
-from ..errors import BitBLASError, ConfigError
-from ..plan import rule_names
+from ..errors import BitBLASError, ConfigError, UnsupportedError
+from ..plan import plan_matmul
 from ..target import host_features, resolve_target
 
 #: What an installation consists of, with the command that gets it; only the versions of the ffi matter to the letter.
@@ -141,7 +141,11 @@ def _target() -> Iterator[Fact]:
         yield Fact("target", "features", ", ".join(sorted(features)) or "none", lacks)
         for what, (a_dtype, w_dtype) in _KINDS.items():
             config = MatmulConfig(N=64, K=64, A_dtype=a_dtype, W_dtype=w_dtype)
-            yield Fact("target", what, ", ".join(rule_names(config, target)))
+            try:
+                names = ", ".join(dict.fromkeys(kernel.rule for kernel in plan_matmul(config, target).kernels))
+            except UnsupportedError as error:
+                names = f"none: {str(error).splitlines()[-1].strip()}"
+            yield Fact("target", what, names)
     except BitBLASError as error:
         hint = "set BITBLAS_TARGET to one that is allowed, or unset it" if env.TARGET.text() else ""
         yield Fact("target", "target", f"none: {error}", hint)

@@ -106,10 +106,11 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     def epilogue(i: Expr, n: Expr) -> Expr:
         value, dtype = accumulated[i, n], cfg.sum_dtype
         if cfg.integer_accumulation and scale is not None:
-            value, dtype = value.astype("float32") * scale[0, n], "float32"
+            dtype = cfg.scaling_dtype
+            value = value.astype(dtype) * scale[0, n].astype(dtype)
         if bias is not None:
-            if dtype == "int32":  # so that the sum saturates instead of wrapping
-                dtype = "int64" if cfg.bias_dtype == "int32" else "float32"
+            if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
+                dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
             value = value.astype(dtype) + bias[n].astype(dtype)
         return _store_as(value, dtype, cfg.out_dtype)
 
@@ -334,8 +335,11 @@ def _accumulate(
 def _store_as(value: Expr, dtype: str, out_dtype: str) -> Expr:
     """Convert the accumulated `value` of `dtype`.
 
-    Integers round to nearest, ties to even, and saturate; a NaN stays one.
+    To integers it rounds to nearest, ties to even, and saturates; to floats a NaN stays one. float64 goes by way of float32,
+    which every machine can round to 16 bits.
     """
+    if dtype == "float64" and out_dtype in ("float16", "bfloat16"):
+        value = value.astype("float32")
     if out_dtype == "bfloat16":  # rounding a NaN whose bits are all ones would carry into the sign
         value = value.astype("float32")
         nan = tirx.reinterpret("float32", tirx.const(0x7FC00000, "int32"))

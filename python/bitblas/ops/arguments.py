@@ -8,13 +8,16 @@ from math import prod
 from typing import TypeGuard
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import SCALE_DTYPES, MatmulConfig
 from ..errors import ArgumentError
 from ..packing import unpack_nibbles
 
 # looked up once: these stand in the path of every call
-_Tensor, _STRIDED = torch.Tensor, torch.strided
+_STRIDED = torch.strided
+#: Tensors of other classes are looked at closely: some have no memory.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 #: scale, zeros, bias and output.
 _MOST_EXTRAS = 4
@@ -56,7 +59,8 @@ class Operand:
     def is_ready(self, tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
         """Whether the kernel can take `tensor` as it is: the usual case, decided in one expression."""
         return (
-            isinstance(tensor, _Tensor)
+            tensor is not None
+            and type(tensor) in _PLAIN
             and tensor.dtype is self.usual
             and tensor.shape == self.shape
             and tensor.is_cpu
@@ -146,7 +150,7 @@ class Door:
     def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
         """A as a contiguous (m, K), m, and the output's shape."""
         if (
-            isinstance(A, _Tensor)
+            type(A) in _PLAIN
             and A.dtype is self._usual
             and A.is_cpu
             and A.layout is _STRIDED
@@ -276,6 +280,8 @@ def check_dense(name: str, tensor: object) -> None:
         raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.layout is not torch.strided:
         raise ArgumentError(f"{name} has layout {tensor.layout}; it must be a dense tensor")
+    if isinstance(tensor, FakeTensor):
+        raise ArgumentError(f"{name} is a FakeTensor; it must have data")
     if tensor.is_meta:
         raise ArgumentError(f"{name} is on device meta; it must have data")
 

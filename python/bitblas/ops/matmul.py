@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .. import packing, tuner
+from .. import tuner
 from ..artifacts import Artifact
 from ..build import expression_module, scheduled_module
 from ..config import MatmulConfig
 from ..errors import ArgumentError, ArtifactError, ConfigError
-from ..layout import PackedLayout
 from ..locks import ForkLock
 from ..plan import MatmulPlan, plan_matmul
 from ..runtime import Kernels
 from ..schedule import Tiling
 from ..target import Target, resolve_target
-from .arguments import Door, check_dense
+from . import provider
+from .arguments import Door
+from .facts import WithFacts
 from .provider import Provided, load, provide, store
+from .weights import WithWeights
 
 if TYPE_CHECKING:
     import tvm
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 BACKENDS = ("tl", "tir")
 
 
-class Matmul:
+class Matmul(WithWeights, WithFacts):
     """out = A · dequantize(W)ᵀ (+ bias).
 
     Parameters
@@ -46,7 +47,8 @@ class Matmul:
     enable_tuning : bool
         Use a stored tuning record where there is one. Construction never measures.
     from_database : bool
-        Load and build nothing now: the first call loads, or builds what is not there.
+        Load and build nothing now: the first call loads the operator from the database (`bitblas.cache`, once that is
+        imported) or the store, and builds what is in neither.
     backend : str
         ``"tl"`` or ``"tir"``: accepted for compatibility, both mean the same.
 
@@ -90,6 +92,7 @@ class Matmul:
         resolved = resolve_target(target)
         tuned = tuner.load_record(config, resolved) if enable_tuning else None
         self._install(config, plan_matmul(config, resolved, tuned), None, name, backend)
+        self._from_database = from_database
         if not from_database:
             self._provide()
 
@@ -99,6 +102,7 @@ class Matmul:
         self.config, self.name, self.backend = config, name, backend
         self.target: Target = plan.target
         self.plan = plan
+        self._from_database = False
         self._lock = ForkLock()
         self._provided = provided
         self._kernels: Kernels | None = provided.kernels if provided else None
@@ -117,128 +121,6 @@ class Matmul:
         op = cls.__new__(cls)
         op._install(config, plan, provided, name, backend)
         return op
-
-    # -- weights ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def layout(self) -> PackedLayout:
-        """Where the bits of this operator's weights lie."""
-        return self.plan.layout
-
-    def retrieve_weight_shape(self) -> list[int]:
-        """Shape of the tensor that `transform_weight` returns: [N, ceil(K·bits/8)], or [N, K] for native dtypes."""
-        if self.config.format.is_native:
-            return [self.config.N, self.config.K]
-        return [self.config.N, self.layout.row_bytes]
-
-    def transform_weight(
-        self,
-        weight: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        zeros: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Encode and lay out a weight for this operator.
-
-        Parameters
-        ----------
-        weight : torch.Tensor
-            (N, K), or (K, N) for the layouts nn and tn: codes 0 .. 2^b - 1 of uint and codebook formats, values of int formats
-            (int1: -1 and 1), both in any dtype of numbers; torch.float8 tensors or their bytes, or floating-point weights of
-            native dtypes.
-        scale, zeros, bias : torch.Tensor, optional
-            Accepted and left as they are: they are handed over at each call.
-
-        Returns
-        -------
-        torch.Tensor
-            Of `retrieve_weight_shape`, int8 (native dtypes: that dtype), on the device of `weight`.
-
-        Raises
-        ------
-        ArgumentError
-            Wrong shape or dtype, or a value that the format cannot hold.
-        """
-        check_dense("weight", weight)
-        config, by_k = self.config, self.config.layout.endswith("n")
-        expected = (config.K, config.N) if by_k else (config.N, config.K)
-        if tuple(weight.shape) != expected:
-            names = "(K, N)" if by_k else "(N, K)"
-            raise ArgumentError(
-                f"weight has shape {tuple(weight.shape)}; expected {names} = {expected} for layout {config.layout!r}"
-            )
-        weight = weight.detach()
-        return self.pack(packing.encode(weight.mT if by_k else weight, config.format, "weight"))
-
-    def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Lay out (N, K) codes; the inverse of `unpack_weight`.
-
-        Parameters
-        ----------
-        codes : torch.Tensor
-            (N, K) integers 0 .. 2^b - 1 of any integer dtype; for float16 and bfloat16 int16 bit patterns, for float32 int32.
-
-        Returns
-        -------
-        torch.Tensor
-            As `transform_weight`.
-
-        Raises
-        ------
-        ArgumentError
-            Wrong shape or dtype, or a code out of range.
-        """
-        check_dense("codes", codes)
-        fmt = self.config.format
-        if codes.is_floating_point() or codes.dtype is torch.bool or codes.is_complex():
-            raise ArgumentError(f"codes have dtype {codes.dtype}; they must be integers")
-        if fmt.is_native:
-            if codes.dtype is not packing.code_dtype(fmt):
-                raise ArgumentError(f"codes have dtype {codes.dtype}; {fmt.name} takes {packing.code_dtype(fmt)}")
-            return packing.pack(codes, self.layout).view(getattr(torch, fmt.torch_name))
-        if codes.dtype is not torch.uint8 or fmt.bits < 8:
-            low, high = (int(v) for v in torch.aminmax(packing.comparable(codes))) if codes.numel() else (0, 0)
-            if low < 0 or high >= 1 << fmt.bits:
-                wrong = low if low < 0 else high
-                raise ArgumentError(f"codes hold {wrong}; allowed for {fmt.name}: 0 to {(1 << fmt.bits) - 1}")
-        return packing.pack(codes.to(torch.uint8), self.layout)
-
-    def unpack_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """The (N, K) codes of a weight in this operator's layout; the inverse of `pack`.
-
-        Returns
-        -------
-        torch.Tensor
-            (N, K) uint8, or int16 and int32 bit patterns of native dtypes, on the device of `weight`.
-
-        Raises
-        ------
-        ArgumentError
-            Wrong kind or shape.
-        """
-        check_dense("weight", weight)
-        if list(weight.shape) != self.retrieve_weight_shape():
-            raise ArgumentError(
-                f"weight has shape {tuple(weight.shape)}; expected {tuple(self.retrieve_weight_shape())}"
-            )
-        return packing.unpack(weight.detach(), self.layout)
-
-    @property
-    def weight_transform(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """None where a row of codes, packed, is what the kernels read; else what makes that of unsigned codes.
-
-        It takes (N, K) codes on the CPU, in int8 or uint8: those of a uint format, value + 2^(b - 1) of an int format, int8
-        included; and it returns what `transform_weight` does.
-        """
-        signed_bytes = self.config.W_dtype == "int8"
-        if self.layout.name == "packed" and not signed_bytes:
-            return None
-
-        def transform(codes: torch.Tensor) -> torch.Tensor:
-            codes = codes.view(torch.uint8) if codes.dtype is torch.int8 else codes
-            return self.pack(codes ^ 128 if signed_bytes else codes)
-
-        return transform
 
     # -- calling ---------------------------------------------------------------------------------------------------------
 
@@ -302,9 +184,17 @@ class Matmul:
     def _provide(self) -> Kernels:
         with self._lock.held():
             if self._provided is None:
-                self._provided = provide(self.plan)
+                saved = None
+                if self._from_database and provider.find_saved is not None:
+                    saved = provider.find_saved(self.config, self.target)
+                self.plan, self._provided = saved or (self.plan, provide(self.plan))
                 self._kernels = self._provided.kernels
             return self._provided.kernels
+
+    @property
+    def provided(self) -> Provided | None:
+        """The kernels, and where they came from; None where they are not there yet."""
+        return self._provided
 
     @property
     def artifact(self) -> Artifact | None:
@@ -359,11 +249,10 @@ class Matmul:
             )
         found = tuner.tune(self.config, chosen, topk, lambda plan: provide(plan).kernels, self._time_rows)
         tuner.save_record(self.config, chosen, found)
+        plan = plan_matmul(self.config, chosen, {m: row.tiling for m, row in found.items()})
+        provided = provide(plan)
         with self._lock.held():
-            self.target = chosen
-            self.plan = plan_matmul(self.config, chosen, {m: row.tiling for m, row in found.items()})
-            self._provided = provide(self.plan)
-            self._kernels = self._provided.kernels
+            self.target, self.plan, self._provided, self._kernels = chosen, plan, provided, provided.kernels
         return {m: row.fields() for m, row in found.items()}
 
     def profile_latency(self, dynamic_symbolic_constraints: dict[str, int] | None = None) -> float:
@@ -379,7 +268,10 @@ class Matmul:
         ArgumentError
             The rows are no int of at least 1, or not the M that the operator was built for.
         """
-        m = (dynamic_symbolic_constraints or {}).get("m", self.config.buckets[-1])
+        wanted = dynamic_symbolic_constraints or {}
+        if not isinstance(wanted, Mapping):
+            raise ArgumentError(f'dynamic_symbolic_constraints is {wanted!r}; it must be a dict such as {{"m": 16}}')
+        m = wanted.get("m", self.config.buckets[-1])
         if isinstance(m, bool) or not isinstance(m, int) or m < 1:
             raise ArgumentError(f"m is {m!r}; it must be an integer of at least 1")
         if not self.config.is_dynamic and m != self.config.M:
@@ -413,44 +305,7 @@ class Matmul:
         """The scheduled functions of all buckets. Imports TVM."""
         return scheduled_module(self.plan)
 
-    # -- what clients read -----------------------------------------------------------------------------------------------
-
-    M = property(lambda self: self.config.M)
-    N = property(lambda self: self.config.N)
-    K = property(lambda self: self.config.K)
-    A_dtype = property(lambda self: self.config.A_dtype)
-    W_dtype = property(lambda self: self.config.W_dtype)
-    out_dtype = property(lambda self: self.config.out_dtype)
-    accum_dtype = property(lambda self: self.config.accum_dtype)
-    storage_dtype = property(lambda self: self.config.storage_dtype)
-    with_scaling = property(lambda self: self.config.with_scaling)
-    with_zeros = property(lambda self: self.config.with_zeros)
-    with_bias = property(lambda self: self.config.with_bias)
-    group_size = property(lambda self: self.config.group_size)
-    zeros_mode = property(lambda self: self.config.zeros_mode)
-    fast_decoding = property(lambda self: self.config.fast_decoding)
-    propagate_a = property(lambda self: False)
-    propagate_b = property(lambda self: False)
-
-    @property
-    def bit(self) -> int:
-        """Bits of a weight."""
-        return self.config.format.bits
-
-    @property
-    def source_format(self) -> str:
-        """The format's family, as the original BitBLAS names it: uint, int, nf, fp, fp_e4m3, fp_e5m2 or bf."""
-        names = {"nf4": "nf", "float8_e4m3": "fp_e4m3", "float8_e5m2": "fp_e5m2", "bfloat16": "bf"}
-        fmt = self.config.format
-        return fmt.kind if fmt.is_integer else names.get(fmt.name, "fp")
-
-    @cached_property
-    def lut(self) -> torch.Tensor | None:
-        """The (16,) values of nf4, in the dtype of scales, on the CPU; None for other formats."""
-        if self.config.W_dtype != "nf4":
-            return None
-        dtype = getattr(torch, self.config.scale_dtype)
-        return torch.tensor(self.config.format.codebook, dtype=dtype, device="cpu")  # whatever the default device is
+    # -- copies ---------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[object, ...]:
         root = self.artifact.path.parents[1] if self.artifact else store().root if self._provided else None

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import env
 from ..artifacts import Artifact, ArtifactStore, artifact_key
 from ..build import COMPILER, LIBRARY, SOURCE, build_library, compile_plan, find_compiler, toolchain
+from ..config import MatmulConfig
+from ..locks import ForkLock
 from ..logs import get_logger, warn_once
 from ..plan import MatmulPlan
 from ..runtime import Kernels, load_kernels, wrap_executable
+from ..target import Target
 
 #: What was compiled without a linker, by key.
 _in_memory: dict[str, Provided] = {}
+_compiling = ForkLock()
 _stores: dict[Path, ArtifactStore] = {}
 
 
@@ -49,6 +53,10 @@ def store(root: Path | None = None) -> ArtifactStore:
     root = root or env.CACHE_DIR.get()
     # one atomic step: no lock, which a fork could leave held
     return _stores.get(root) or _stores.setdefault(root, ArtifactStore(root))
+
+
+#: Finds a saved operator by config and target: its plan, and its kernels. `bitblas.cache` puts itself here when it is loaded.
+find_saved: Callable[[MatmulConfig, Target], tuple[MatmulPlan, Provided] | None] | None = None
 
 
 def plan_key(plan: MatmulPlan) -> str:
@@ -122,8 +130,13 @@ def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Arti
 
 
 def _compile_in_memory(plan: MatmulPlan, key: str, began: float) -> Provided:
-    if key in _in_memory:
+    with _compiling.held():
+        if key not in _in_memory:
+            _in_memory[key] = _compile(plan, began)
         return _in_memory[key]
+
+
+def _compile(plan: MatmulPlan, began: float) -> Provided:
     warn_once(
         "no C compiler",
         "there is no C compiler (cc, gcc or clang) to link compiled operators with: they are compiled in memory by every "
@@ -132,5 +145,4 @@ def _compile_in_memory(plan: MatmulPlan, key: str, began: float) -> Provided:
     executable, _ = compile_plan(plan)
     kernels = wrap_executable(executable, plan)
     source = executable.mod.inspect_source("ll")
-    _in_memory[key] = Provided(kernels, "in memory", time.perf_counter() - began, source)
-    return _in_memory[key]
+    return Provided(kernels, "in memory", time.perf_counter() - began, source)

@@ -95,7 +95,7 @@ class DotRule(UnitRule):
 
     def decline(self, problem: Problem) -> str | None:
         """See `ScheduleRule`."""
-        return self.unit.decline(problem.config.format, problem.target) or super().decline(problem)
+        return super().decline(problem) or self.unit.decline(problem.config.format, problem.target)
 
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""

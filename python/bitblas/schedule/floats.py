@@ -72,7 +72,7 @@ class FloatRule(UnitRule):
 
     def decline(self, problem: Problem) -> str | None:
         """See `ScheduleRule`."""
-        return self.unit.decline(problem.target) or super().decline(problem)
+        return super().decline(problem) or self.unit.decline(problem.target)
 
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""

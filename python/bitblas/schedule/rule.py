@@ -178,10 +178,11 @@ def select_rule(rules: tuple[ScheduleRule, ...], problem: Problem) -> ScheduleRu
     UnsupportedError
         All declined; the message lists each rule with its reason.
     """
-    reasons = []
+    names: dict[str, list[str]] = {}  # of the rules that give a reason
     for rule in rules:
         reason = rule.decline(problem)
         if reason is None:
             return rule
-        reasons.append(f"  {rule.name}: {reason}")
+        names.setdefault(reason, []).append(rule.name)
+    reasons = [f"  {', '.join(found)}: {reason}" for reason, found in names.items()]
     raise UnsupportedError("\n".join([f"no schedule rule for {problem.config} on {problem.target}:", *reasons]))

@@ -44,7 +44,8 @@ _SMALL_WIDTHS: dict[int, dict[int, tuple[int, ...]]] = {
 
 def sum_shapes(target: Target, vector_lanes: int) -> tuple[int, tuple[Shape, ...]]:
     """Blocks of sixteen sums that three quarters of the registers hold, and the shapes that are made of them."""
-    most = target.num_vector_registers * vector_lanes * 3 // (4 * LANES)
+    fitting = target.num_vector_registers * vector_lanes * 3 // (4 * LANES)
+    most = max(size for size in _SHAPES if size <= fitting)
     return most, _SHAPES[most]
 
 
@@ -63,14 +64,17 @@ def tall_shapes(most: int, shapes: tuple[Shape, ...], m: int) -> list[Shape]:
 
 def decode_in_registers(problem: Problem, shapes: list[Shape]) -> list[Tiling]:
     """Tilings that decode weights for each tile of rows: for as many rows as one tile holds."""
-    tilings = _tilings(problem, shapes, Tiling(1, LANES, 8))
+    tilings = _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 8)))
     return [replace(tiling, prefetch=ahead) for ahead in PREFETCH_BYTES for tiling in tilings]
 
 
 def decode_to_panel(problem: Problem, shapes: list[Shape], panel_k: int = PANEL_K) -> list[Tiling]:
     """Tilings that decode weights once for all rows, `panel_k` at a time; the less of the last tiles is empty the better."""
     shapes = sorted(shapes, key=lambda shape: _padded_work(problem, *shape))
-    tilings = _tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=panel_k, panel=True))
+    return _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=panel_k, panel=True)))
+
+
+def _in_slabs(tilings: list[Tiling]) -> list[Tiling]:
     return [replace(tiling, slab_m=-(-SLAB_M // tiling.block_m) * tiling.block_m) for tiling in tilings]
 
 

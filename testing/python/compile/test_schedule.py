@@ -89,7 +89,7 @@ def test_each_rule_that_declines_says_why():
     assert "layout lanes or packed, not dots" in find_rule("generic_gemm").decline(dots)
     assert "saturates with codes of more than 7 bits" in DOT_UNITS[3].decline(wide.config.format, AVX2)
     both = (find_rule("avx512_small_m"), find_rule("avx512_gemm"))
-    with pytest.raises(UnsupportedError, match=r"avx512_small_m: needs avx512f.*\n  avx512_gemm: needs avx512f"):
+    with pytest.raises(UnsupportedError, match=r"\n  avx512_small_m, avx512_gemm: needs avx512f"):
         select_rule(both, problem(AVX2))
     with pytest.raises(UnsupportedError, match="is for llvm targets, not cuda -arch=sm_90"):
         select_rule(RULES, problem(resolve_target("cuda -arch=sm_90")))
@@ -208,7 +208,7 @@ def test_the_pass_reports_every_reason_when_all_rules_decline():
 
     mod = build.expression_module(plan_matmul(config(), AVX512))
     both = (find_rule("avx512_small_m"), find_rule("avx512_gemm"))
-    with pytest.raises(RuntimeError, match=r"no schedule rule(.|\n)*avx512_small_m: needs(.|\n)*avx512_gemm: needs"):
+    with pytest.raises(RuntimeError, match=r"no schedule rule(.|\n)*avx512_small_m, avx512_gemm: needs"):
         ApplyDefaultSchedule(both, AVX2)(mod)
 
 

@@ -13,8 +13,9 @@ from bitblas import env, tuner
 from bitblas.artifacts import artifact_key
 from bitblas.build import LIBRARY
 from bitblas.cache import OperatorCache, get_database_path, global_operator_cache, load_global_ops_cache
-from bitblas.plan import plan_matmul
+from bitblas.plan import native_layout, plan_matmul
 from bitblas.runtime import load_kernels
+from bitblas.schedule import RULES, Problem
 from bitblas.target import host_target
 from scripts import finish, report, start
 
@@ -583,3 +584,34 @@ def test_processes_save_and_load_one_database_at_once(operators, tmp_path):
         for p in (path / "operators").rglob("*")
         if p.is_file() and p.suffix not in (".json", "") and p.name != ".lock"
     ] == []
+
+
+def test_from_database_takes_what_was_saved(store, tmp_path):
+    """With its tilings, from wherever the database is, where the store has nothing."""
+    config = bitblas.MatmulConfig((1, 16), 48, 64, "float16", "uint4", group_size=32, with_scaling=True)
+    target = host_target()
+    rule = next(rule for rule in RULES if rule.name == plan_matmul(config, target).kernels[1].rule)
+    problem = Problem(config, native_layout(config, target), target, 16)
+    other = rule.tilings(problem)[1]
+    plan = plan_matmul(config, target, {16: other})
+    saved, database = OperatorCache(), tmp_path / "database"
+    saved.add(config, bitblas.Matmul.restore(config, plan))
+    saved.save_into_database(str(database))
+    with env.scope(BITBLAS_CACHE_DIR=tmp_path / "empty"):
+        before = bitblas.cache.set_database_path(str(database))
+        try:
+            op = bitblas.Matmul(config, from_database=True)
+            assert op.origin == "not built"
+            op(
+                torch.zeros(1, 64, dtype=torch.float16),
+                op.transform_weight(torch.ones(48, 64)),
+                torch.ones(48, 2).half(),
+            )
+            assert op.origin == "loaded"
+            assert op.plan.tilings[16] == other
+            unsaved = bitblas.Matmul(bitblas.MatmulConfig(1, 16, 64, "float16", "uint4"), from_database=True)
+            unsaved(torch.zeros(1, 64, dtype=torch.float16), unsaved.transform_weight(torch.ones(16, 64)))
+            assert unsaved.origin == "compiled"
+        finally:
+            bitblas.cache.set_database_path(None)
+    assert before == str(database)
