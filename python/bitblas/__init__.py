@@ -11,7 +11,7 @@ from ._version import __version__
 from .config import MatmulConfig
 from .errors import ArgumentError, ArtifactError, BitBLASError, BuildError, ConfigError, UnsupportedError
 from .logs import logger, set_log_level
-from .ops import Matmul, MatmulConfigWithSplitK, MatmulWithSplitK
+from .ops import Matmul
 from .utils import auto_detect_nvidia_target
 
 __all__ = [
@@ -41,6 +41,8 @@ def __getattr__(name: str) -> object:
         import tvm
 
         return tvm
+    if name in ("MatmulConfigWithSplitK", "MatmulWithSplitK"):
+        return getattr(importlib.import_module(".ops", __name__), name)
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

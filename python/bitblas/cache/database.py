@@ -17,7 +17,8 @@ from ..build import COMPILER, toolchain
 from ..config import MatmulConfig
 from ..errors import ArtifactError, BitBLASError, UnsupportedError
 from ..logs import get_logger, warn_once
-from ..ops import Matmul, MatmulConfigWithSplitK, MatmulWithSplitK
+from ..ops import Matmul
+from ..ops.general_matmul_splitk import MatmulConfigWithSplitK, MatmulWithSplitK
 from ..ops.provider import load, plan_key, provide, store
 from ..plan import plan_matmul
 from ..schedule import Tiling

@@ -1,21 +1,26 @@
 """Operators: the only place that strings plan, artifacts, build and runtime together."""
 
-from ..config import MatmulConfig
-from .general_matmul_splitk import MatmulConfigWithSplitK, MatmulWithSplitK
-from .ladder_permutate import LadderPermutate, LadderPermutateConfig
-from .lop3_permutate import LOP3Permutate, LOP3PermutateConfig
-from .matmul import Matmul
-from .quant_compress import QuantCompress, QuantCompressConfig
+import importlib
 
-__all__ = [
-    "LOP3Permutate",
-    "LOP3PermutateConfig",
-    "LadderPermutate",
-    "LadderPermutateConfig",
-    "Matmul",
-    "MatmulConfig",
-    "MatmulConfigWithSplitK",
-    "MatmulWithSplitK",
-    "QuantCompress",
-    "QuantCompressConfig",
-]
+from ..config import MatmulConfig
+from .matmul import Matmul
+
+#: Where the operators are that few need: `import bitblas` does without them.
+_MODULES = {
+    "LOP3Permutate": "lop3_permutate",
+    "LOP3PermutateConfig": "lop3_permutate",
+    "LadderPermutate": "ladder_permutate",
+    "LadderPermutateConfig": "ladder_permutate",
+    "MatmulConfigWithSplitK": "general_matmul_splitk",
+    "MatmulWithSplitK": "general_matmul_splitk",
+    "QuantCompress": "quant_compress",
+    "QuantCompressConfig": "quant_compress",
+}
+
+__all__ = ["Matmul", "MatmulConfig", *_MODULES]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from statistics import median
 from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 
 from ..errors import ArgumentError, ConfigError, UnsupportedError
@@ -105,7 +105,7 @@ class WeightOperator(Generic[ConfigT]):
             began = time.perf_counter()
             self.forward(inp)
             seconds.append(time.perf_counter() - began)
-        return median(seconds) * 1e3
+        return float(np.median(seconds)) * 1e3
 
     def _input_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
