@@ -144,7 +144,7 @@ def _target() -> Iterator[Fact]:
             try:
                 names = ", ".join(dict.fromkeys(kernel.rule for kernel in plan_matmul(config, target).kernels))
             except UnsupportedError as error:
-                names = f"none: {str(error).splitlines()[-1].strip()}"
+                names = f"none: each {str(error).rpartition(': ')[2]}"
             yield Fact("target", what, names)
     except BitBLASError as error:
         hint = "set BITBLAS_TARGET to one that is allowed, or unset it" if env.TARGET.text() else ""
