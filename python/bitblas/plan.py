@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from .config import MatmulConfig
 from .errors import UnsupportedError
 from .layout import PackedLayout
-from .schedule import RULES, Problem, Tiling, select_rule, takes_dots
+from .schedule import LINE_BYTES, RULES, Problem, Tiling, select_rule, takes_dots
 from .target import Target
 
 #: Kernels index weights with 32 bits.
 MAX_WEIGHT_BYTES = 1 << 31
 #: … and activations and outputs, of which they compute a tile of rows at once.
 MAX_SIDE = 1 << 26
-#: Elements by which rows of a copy of A are set apart at most, so that they do not share the sets of a cache.
-MAX_SKEW = 128
+#: Elements by which rows of a copy of A are set apart at most: two cache lines, of elements of one byte.
+MAX_SKEW = 2 * LINE_BYTES
 
 
 @dataclass(frozen=True)

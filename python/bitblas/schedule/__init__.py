@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .dots import DOT_UNITS, DotRule, takes_dots
 from .floats import FLOAT_UNITS, FloatRule
-from .rule import Problem, ScheduleRule, Tiling, select_rule
+from .rule import LINE_BYTES, Problem, ScheduleRule, Tiling, select_rule
 
 #: The order is the policy: the first rule that does not decline is taken.
 RULES: tuple[ScheduleRule, ...] = (
@@ -12,4 +12,4 @@ RULES: tuple[ScheduleRule, ...] = (
     *(FloatRule(unit, few_rows) for unit in FLOAT_UNITS for few_rows in (True, False)),
 )
 
-__all__ = ["RULES", "Problem", "ScheduleRule", "Tiling", "select_rule", "takes_dots"]
+__all__ = ["LINE_BYTES", "RULES", "Problem", "ScheduleRule", "Tiling", "select_rule", "takes_dots"]

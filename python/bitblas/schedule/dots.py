@@ -9,8 +9,8 @@ from ..config import MatmulConfig
 from ..formats import DataFormat
 from ..layout import LANES, dots_unit
 from ..target import Target
-from .rule import Problem, Tiling, UnitRule
-from .tilings import Shape, decode_in_registers, decode_to_panel, small_shapes, sum_shapes, tall_shapes
+from .rule import Problem, Tiling, Unit, UnitRule
+from .tilings import Shape, decode_in_registers, decode_to_panel, small_shapes, tall_shapes
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -21,39 +21,29 @@ _PANEL_K = 512
 
 
 @dataclass(frozen=True)
-class DotUnit:
+class DotUnit(Unit):
     """An instruction that adds products of bytes.
 
     Attributes
     ----------
-    name : str
-        What rules are called after.
-    feature : str
-        The instruction set that it needs.
     instruction : str
         Its row in `bitblas.schedule.intrinsics.DOT_INSTRUCTIONS`.
     dot : str
         What it multiplies: see `Tiling`.
-    vector_lanes : int
-        Lanes of int32 in its registers.
     most_bits : int
         Widest codes that it multiplies exactly.
     """
 
-    name: str
-    feature: str
     instruction: str
     dot: str
-    vector_lanes: int
     most_bits: int = 8
 
     def decline(self, fmt: DataFormat, target: Target) -> str | None:
-        """Say why it does not serve codes of a format on a target; None where it does."""
-        if self.feature not in target.features:
-            return f"needs {self.feature}, which {target} lacks"
-        if fmt.bits > self.most_bits:
-            return f"{self.instruction} saturates with codes of more than {self.most_bits} bits, as in {fmt.name}"
-        return None
+        """See `Unit`."""
+        reason = super().decline(fmt, target)
+        if reason is None and fmt.bits > self.most_bits:
+            reason = f"{self.instruction} saturates with codes of more than {self.most_bits} bits, as in {fmt.name}"
+        return reason
 
     def depth(self, fmt: DataFormat) -> int:
         """Words that are added before they are widened to 32 bits: as many as 16 bits hold, a power of two."""
@@ -66,11 +56,11 @@ class DotUnit:
 
 #: The order is the policy: the first that a target has is taken.
 DOT_UNITS: tuple[DotUnit, ...] = (
-    DotUnit("avx512_vnni", "avx512vnni", "vpdpbusd", "u8s8", 16),
-    DotUnit("avx_vnni", "avxvnni", "vpdpbusd", "u8s8", 8),
-    DotUnit("avx512_maddubs", "avx512bw", "vpmaddubsw", "u8s8", 16, most_bits=7),
-    DotUnit("avx2_maddubs", "avx2", "vpmaddubsw", "u8s8", 8, most_bits=7),
-    DotUnit("neon_dot", "dotprod", "sdot", "s8s8", 4),
+    DotUnit("avx512_vnni", "avx512vnni", 16, "vpdpbusd", "u8s8"),
+    DotUnit("avx_vnni", "avxvnni", 8, "vpdpbusd", "u8s8"),
+    DotUnit("avx512_maddubs", "avx512bw", 16, "vpmaddubsw", "u8s8", most_bits=7),
+    DotUnit("avx2_maddubs", "avx2", 8, "vpmaddubsw", "u8s8", most_bits=7),
+    DotUnit("neon_dot", "dotprod", 4, "sdot", "s8s8"),
 )
 
 
@@ -89,21 +79,15 @@ class DotRule(UnitRule):
 
     layouts = ("dots",)
 
-    def __init__(self, unit: DotUnit, few_rows: bool) -> None:
-        super().__init__(unit.name, few_rows)
-        self.unit = unit
-
-    def decline(self, problem: Problem) -> str | None:
-        """See `ScheduleRule`."""
-        return super().decline(problem) or self.unit.decline(problem.config.format, problem.target)
+    unit: DotUnit
 
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
-        most, shapes = sum_shapes(problem.target, self.unit.vector_lanes)
+        num_sums = self.unit.num_sums(problem.target)
         if self.few_rows:
-            found = decode_in_registers(problem, _four_first(small_shapes(most, problem.m)))
+            found = decode_in_registers(problem, _four_first(small_shapes(num_sums, problem.m)))
         else:
-            found = decode_to_panel(problem, _four_first(tall_shapes(most, shapes, problem.m)), _PANEL_K)
+            found = decode_to_panel(problem, _four_first(tall_shapes(num_sums, problem.m)), _PANEL_K)
         return [replace(tiling, dot=self.unit.dot) for tiling in found]
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:

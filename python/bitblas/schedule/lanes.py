@@ -14,7 +14,7 @@ from ..config import MatmulConfig
 from ..expr.quads import needs_row_sum
 from ..layout import LANES, QUAD, UNIT
 from .intrinsics import load_words, transpose_lanes
-from .rule import Problem, Tiling
+from .rule import LINE_BYTES, Problem, Tiling
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,6 @@ def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, intrin
     nest.weights(chunk if tiling.panel else inner, words)
     nest.finish()
     return sch
-
-
-#: Bytes of a cache line.
-LINE_BYTES = 64
 
 
 class _Nest:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..config import MatmulConfig
 from ..errors import UnsupportedError
+from ..formats import DataFormat
 from ..layout import LANES, UNIT, PackedLayout
 from ..target import Target
 
@@ -22,6 +23,9 @@ EXACT_INT8_TERMS = 512
 
 #: … and those of dot products in int32: 65536 · 128 · 255 < 2^31.
 EXACT_DOT_TERMS = 1 << 16
+
+#: Bytes of a cache line.
+LINE_BYTES = 64
 
 #: Rows up to which one tile of rows holds them all, so that weights are decoded exactly once.
 SMALL_M = 4
@@ -146,25 +150,55 @@ class ScheduleRule(ABC):
         """Schedule `func`, which was built for `tiling`'s block sizes. Imports TVM."""
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What computes in a machine.
+
+    Attributes
+    ----------
+    name : str
+        What rules are called after.
+    feature : str
+        The instruction set that it needs; empty for any.
+    vector_lanes : int
+        Lanes of 32 bits in its registers; 0 means those of the target.
+    """
+
+    name: str
+    feature: str
+    vector_lanes: int
+
+    def decline(self, fmt: DataFormat, target: Target) -> str | None:
+        """Say why it does not serve weights of a format on a target; None where it does."""
+        if self.feature and self.feature not in target.features:
+            return f"needs {self.feature}, which {target} lacks"
+        return None
+
+    def num_sums(self, target: Target) -> int:
+        """Blocks of sixteen sums that three quarters of the registers hold."""
+        lanes = self.vector_lanes or target.vector_bits // 32
+        return target.num_vector_registers * lanes * 3 // (4 * LANES)
+
+
 class UnitRule(ScheduleRule):
     """A rule for a unit of a machine.
 
     Parameters
     ----------
-    unit : str
-        The unit's name.
+    unit : Unit
+        What computes.
     few_rows : bool
         Whether it is for at most `SMALL_M` rows, all at once, with weights decoded in registers; else it is for any number,
         with weights decoded once, into a panel.
     """
 
-    def __init__(self, unit: str, few_rows: bool) -> None:
-        self.few_rows = few_rows
-        self.name = f"{unit}_{'small_m' if few_rows else 'gemm'}"
+    def __init__(self, unit: Unit, few_rows: bool) -> None:
+        self.unit, self.few_rows = unit, few_rows
+        self.name = f"{unit.name}_{'small_m' if few_rows else 'gemm'}"
 
     def decline(self, problem: Problem) -> str | None:
         """See `ScheduleRule`."""
-        reason = super().decline(problem)
+        reason = super().decline(problem) or self.unit.decline(problem.config.format, problem.target)
         if reason is None and self.few_rows and problem.m > SMALL_M:
             reason = f"is for at most {SMALL_M} rows, not {problem.m}"
         return reason

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..layout import LANES
-from ..target import Target
 from .rule import Problem, Tiling
 
 #: Rows × blocks of sixteen columns whose sums stay in registers.
@@ -42,24 +41,23 @@ _SMALL_WIDTHS: dict[int, dict[int, tuple[int, ...]]] = {
 }
 
 
-def sum_shapes(target: Target, vector_lanes: int) -> tuple[int, tuple[Shape, ...]]:
-    """Blocks of sixteen sums that three quarters of the registers hold, and the shapes that are made of them."""
-    fitting = target.num_vector_registers * vector_lanes * 3 // (4 * LANES)
-    most = max(size for size in _SHAPES if size <= fitting)
-    return most, _SHAPES[most]
+def small_shapes(num_sums: int, m: int) -> list[Shape]:
+    """Shapes that hold all of `m` rows, up to `SMALL_M`, where so many blocks of sums fit, the best first."""
+    return [(m, width) for width in _SMALL_WIDTHS[_fitting(num_sums)][m]]
 
 
-def small_shapes(most: int, m: int) -> list[Shape]:
-    """Shapes that hold all of `m` rows, up to `SMALL_M`, where `most` blocks of sums fit, the best first."""
-    return [(m, width) for width in _SMALL_WIDTHS[most][m]]
-
-
-def tall_shapes(most: int, shapes: tuple[Shape, ...], m: int) -> list[Shape]:
-    """`shapes` of no more rows than `m`, each once; first one that is as wide as `m` rows allow."""
-    found = [(min(rows, m), blocks) for rows, blocks in shapes]
-    if m < shapes[0][0]:
+def tall_shapes(num_sums: int, m: int) -> list[Shape]:
+    """Shapes of no more rows than `m`, where so many blocks of sums fit; first one that is as wide as `m` rows allow."""
+    most = _fitting(num_sums)
+    found = [(min(rows, m), blocks) for rows, blocks in _SHAPES[most]]
+    if m < _SHAPES[most][0][0]:
         found.insert(0, (m, max(1, min(6, most // m))))
     return list(dict.fromkeys(found))
+
+
+def _fitting(num_sums: int) -> int:
+    """The row of the tables for the most blocks of sums, of those that fit."""
+    return max(size for size in _SHAPES if size <= num_sums)
 
 
 def decode_in_registers(problem: Problem, shapes: list[Shape]) -> list[Tiling]:
