@@ -73,10 +73,10 @@ class DataFormat:
 
     @cached_property
     def code_values(self) -> tuple[float, ...]:
-        """The value of each code, for the formats of at most four bits (int8 and wider formats decode by arithmetic)."""
+        """The value of each code, for the formats of at most five bits; wider ones decode by arithmetic."""
         if self.codebook:
             return self.codebook
-        if self.bits > 4:
+        if self.bits > 5:
             raise ConfigError(f"format {self.name} has no code table")
         if self.kind == "int" and self.bits == 1:
             return -1.0, 1.0

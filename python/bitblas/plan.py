@@ -85,7 +85,8 @@ class MatmulPlan:
     def row_elements(self, kernel: KernelPlan) -> int:
         """Most elements that lie between two rows of a matrix that a kernel walks: of its copy of A, or of the output."""
         chunk = kernel.tiling.chunk(self.config, self.layout)
-        return max(self.config.N, -(-self.config.K // chunk) * chunk + MAX_SKEW)
+        slices = kernel.tiling.slices or 1
+        return max(self.config.N, slices * (-(-self.config.K // chunk) * chunk + MAX_SKEW))
 
     @property
     def tilings(self) -> dict[int, Tiling]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from ..config import MatmulConfig
 from ..formats import parse_format
 from ..layout import LANES, QUAD, UNIT, PackedLayout
 from .decode import decode
+from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
+from .slices import digit, join_slices, largest, step
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class MatmulExpr:
         matmul[c, i, n]     = Σ_q in c Σ_j  activation[i, 4 q + j] · byte j of decode[q, n]
                               (and accumulate subtracts row_sum[i, c] · offset)
 
+    and float activations are cut into `slices` digits of base 256, each a signed byte, with a step for each chunk of a row (see
+    `bitblas.expr.slices`)::
+
+        largest[i, c]       = bits of max_k in c  |A[i, k]|
+        step[i, c]          = what the lowest digit counts
+        activation[i, l, k] = digit l of A[i, k]
+        matmul[c, i, l, n]  = Σ_q in c Σ_j  activation[i, l, 4 q + j] · byte j of decode[q, n]
+                              (and accumulate joins the sums of the digits, times step[i, c])
+
     Attributes
     ----------
     config : MatmulConfig
@@ -50,6 +62,8 @@ class MatmulExpr:
         group; where there is one group the last chunk may reach beyond K, with activations of 0.
     dot : str
         How integer products are summed: see `bitblas.schedule.Tiling`.
+    slices : int
+        Bytes into which an activation is cut for a `dot`; 0 where it is an int8 itself.
     """
 
     config: MatmulConfig
@@ -58,6 +72,12 @@ class MatmulExpr:
     lane_multiple: int
     chunk: int
     dot: str = ""
+    slices: int = 0
+
+    @property
+    def sums_integers(self) -> bool:
+        """Whether products are integers, and their sums over a chunk int32."""
+        return self.dot in ("u8s8", "s8s8")
 
     @property
     def whole_words(self) -> bool:
@@ -93,15 +113,19 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     arguments = [A, W]
 
-    activation = _activation(expr, A, rows)
-    partial = _dots(expr, W, activation, rows) if expr.dot else _products(expr, W, activation, rows)
+    steps, activation = _sliced(expr, A, rows) if expr.slices else (None, _activation(expr, A, rows))
+    multiply = _pair_products if expr.dot == "bf16" else _dots if expr.dot else _products
+    partial = multiply(expr, W, activation, rows)
     scale = _scale(expr, arguments) if cfg.with_scaling else None
     zero = _zero(expr, arguments) if cfg.with_zeros else None
-    row_sum = _row_sum(expr, activation, rows) if needs_row_sum(cfg, expr.dot) else None
+    row_sum = None
+    if needs_row_sum(cfg, expr.dot):
+        row_sum = _row_sum(expr, _given(expr, A) if expr.dot == "bf16" else activation, rows)
     bias = te.placeholder((cfg.N,), cfg.bias_dtype, name="bias") if cfg.with_bias else None
     if bias is not None:
         arguments.append(bias)
-    accumulated = _accumulate(expr, rows, partial, row_sum, scale, zero)
+    sums = _Sums(partial, row_sum, steps, scale, zero)
+    accumulated = _accumulate(expr, rows, sums)
 
     def epilogue(i: Expr, n: Expr) -> Expr:
         value, dtype = accumulated[i, n], cfg.sum_dtype
@@ -119,9 +143,9 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     return func.with_attr({"global_symbol": name})
 
 
-def _activation(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> te.Tensor:
-    """Block activation: float32, or int8 for dot products; rows beyond M repeat the last, k beyond K are 0."""
-    cfg, dtype = expr.config, "int8" if expr.dot else "float32"
+def _given(expr: MatmulExpr, A: te.Tensor) -> Callable[[Expr, Expr], Expr]:
+    """Elements of A: float32, or int8 where they are; rows beyond M repeat the last, k beyond K are 0."""
+    cfg, dtype = expr.config, "int8" if expr.sums_integers and not expr.slices else "float32"
     fmt = parse_format(cfg.A_dtype)
 
     def value(i: Expr, k: Expr) -> Expr:
@@ -131,7 +155,33 @@ def _activation(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> te.Tensor:
     def padded(i: Expr, k: Expr) -> Expr:
         return tirx.Select(k < cfg.K, value(i, te.min(k, cfg.K - 1)), tirx.const(0, dtype))
 
-    return te.compute((rows, expr.padded_k), value if expr.padded_k == cfg.K else padded, name="activation")
+    return value if expr.padded_k == cfg.K else padded
+
+
+def _activation(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> te.Tensor:
+    """Block activation: float32 or int8, (rows, K), or pairs of bfloat16, (rows, K / 2)."""
+    given = _given(expr, A)
+    if expr.dot != "bf16":
+        return te.compute((rows, expr.padded_k), given, name="activation")
+
+    def pair(i: Expr, p: Expr) -> Expr:
+        k = p // PAIR * QUAD + p % PAIR
+        return join_pair(given(i, k), given(i, k + PAIR))
+
+    return te.compute((rows, expr.padded_k // PAIR), pair, name="activation")
+
+
+def _sliced(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> tuple[te.Tensor, te.Tensor]:
+    """Blocks largest_lanes, largest, step, activation: steps, (rows, chunks), and digits, int8 (rows, slices, K)."""
+    given, chunk, chunks, slices = _given(expr, A), expr.chunk, expr.padded_k // expr.chunk, expr.slices
+    bits = largest(given, rows, chunk, chunks, LANES)
+    steps = te.compute((rows, chunks), lambda i, c: step(bits[i, c], slices), name="step")
+    digits = te.compute(
+        (rows, slices, expr.padded_k),
+        lambda i, at, k: digit(given(i, k), bits[i, k // chunk], at, slices),
+        name="activation",
+    )
+    return steps, digits
 
 
 def _products(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr) -> te.Tensor:
@@ -146,7 +196,7 @@ def _products(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr)
 
 
 def _dots(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr) -> te.Tensor:
-    """Blocks words*, decode, matmul: sums of int32 products over chunks, (chunks, rows, padded N)."""
+    """Blocks words*, decode, matmul: sums of int32 products over chunks, (chunks, rows[, slices], padded N)."""
     words = [_words(expr, W, index) for index in range(len(expr.layout.planes))]
     quads = te.compute(
         (expr.padded_k // QUAD, expr.padded_n),
@@ -156,11 +206,34 @@ def _dots(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr) -> 
     chunk, per_chunk = expr.chunk, expr.chunk // QUAD
     q, j = te.reduce_axis((0, per_chunk), name="q"), te.reduce_axis((0, QUAD), name="j")
 
-    def product(c: Expr, i: Expr, n: Expr) -> Expr:
-        a = activation[i, c * chunk + q * QUAD + j].astype("int32")
+    def product(c: Expr, *row_and_n: Expr) -> Expr:
+        *row, n = row_and_n
+        a = activation[(*row, c * chunk + q * QUAD + j)].astype("int32")
         return te.sum(a * quad_byte(quads[c * per_chunk + q, n], j, expr.dot), axis=[q, j])
 
-    return te.compute((expr.padded_k // chunk, rows, expr.padded_n), product, name="matmul")
+    shape = (expr.padded_k // chunk, *_row_shape(expr, rows), expr.padded_n)
+    return te.compute(shape, product, name="matmul")
+
+
+def _pair_products(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr) -> te.Tensor:
+    """Blocks words*, unpack, decode, matmul: sums of bfloat16 products over chunks, float32 (chunks, rows, padded N)."""
+    words = [_words(expr, W, index) for index in range(len(expr.layout.planes))]
+    shape = (expr.padded_k // PAIR, expr.padded_n)
+    unpacked = te.compute(shape, lambda p, n: pair_codes(expr.layout, words, p, n), name="unpack")
+    pairs = te.compute(shape, lambda p, n: decode_pair(expr.config.format, unpacked[p, n]), name="decode")
+    per_chunk = expr.chunk // PAIR
+    p, j = te.reduce_axis((0, per_chunk), name="p"), te.reduce_axis((0, PAIR), name="j")
+
+    def product(c: Expr, i: Expr, n: Expr) -> Expr:
+        a, w = activation[i, c * per_chunk + p], pairs[c * per_chunk + p, n]
+        return te.sum(half(a, j) * half(w, j), axis=[p, j])
+
+    return te.compute((expr.padded_k // expr.chunk, rows, expr.padded_n), product, name="matmul")
+
+
+def _row_shape(expr: MatmulExpr, rows: Expr) -> tuple[Any, ...]:
+    """Rows of activations: each row, or each slice of each row."""
+    return (rows, expr.slices) if expr.slices else (rows,)
 
 
 def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
@@ -277,52 +350,54 @@ def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
     return te.compute(shape, zero, name="zero")
 
 
-def _row_sum(expr: MatmulExpr, activation: te.Tensor, rows: Expr) -> te.Tensor:
+def _row_sum(expr: MatmulExpr, activation: Callable[..., Expr], rows: Expr) -> te.Tensor:
     """Σ of a chunk of a row; over 16 lanes first, where it divides, because a float sum may not be reordered later."""
     chunk, chunks = expr.chunk, expr.padded_k // expr.chunk
-    dtype = "int32" if expr.dot else "float32"
+    dtype, shape = "int32" if expr.sums_integers else "float32", _row_shape(expr, rows)
     if chunk % LANES:
         k = te.reduce_axis((0, chunk), name="k")
         return te.compute(
-            (rows, chunks), lambda i, c: te.sum(activation[i, c * chunk + k].astype(dtype), axis=k), name="row_sum"
+            (*shape, chunks),
+            lambda *at: te.sum(activation(*at[:-1], at[-1] * chunk + k).astype(dtype), axis=k),
+            name="row_sum",
         )
     j = te.reduce_axis((0, chunk // LANES), name="j")
     lanes = te.compute(
-        (rows, chunks, LANES),
-        lambda i, c, lane: te.sum(activation[i, c * chunk + j * LANES + lane].astype(dtype), axis=j),
+        (*shape, chunks, LANES),
+        lambda *at: te.sum(activation(*at[:-2], at[-2] * chunk + j * LANES + at[-1]).astype(dtype), axis=j),
         name="row_sum_lanes",
     )
     lane = te.reduce_axis((0, LANES), name="lane")
-    return te.compute((rows, chunks), lambda i, c: te.sum(lanes[i, c, lane], axis=lane), name="row_sum")
+    return te.compute((*shape, chunks), lambda *at: te.sum(lanes[(*at, lane)], axis=lane), name="row_sum")
 
 
-def _accumulate(
-    expr: MatmulExpr,
-    rows: Expr,
-    partial: te.Tensor,
-    row_sum: te.Tensor | None,
-    scale: te.Tensor | None,
-    zero: te.Tensor | None,
-) -> te.Tensor:
+@dataclass(frozen=True)
+class _Sums:
+    """What chunks are summed from: products, and what belongs to a row, or to a column, of a chunk."""
+
+    partial: te.Tensor
+    row_sum: te.Tensor | None
+    steps: te.Tensor | None
+    scale: te.Tensor | None
+    zero: te.Tensor | None
+
+
+def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
     """Sum the chunks of the reduction, each with the zero point and the scale of its group."""
-    cfg = expr.config
+    cfg, row_sum, zero, scale = expr.config, sums.row_sum, sums.zero, sums.scale
     groups = cfg.num_groups if cfg.is_grouped else 1
     chunks_per_group = expr.padded_k // groups // expr.chunk
     c = te.reduce_axis((0, expr.padded_k // expr.chunk), name="c")
-
-    added = offset(cfg.format, expr.dot) if expr.dot else 0
     dtype = cfg.sum_dtype
+    total = _row_total(expr, rows, sums) if expr.slices and zero is not None else row_sum
 
     def term(i: Expr, n: Expr) -> Expr:
-        value, g = partial[c, i, n], c // chunks_per_group if groups > 1 else 0
-        if added and row_sum is not None:
-            value = value - row_sum[i, c] * added
-        value = value.astype(dtype)
-        if zero is None or row_sum is None:
+        value, g = _chunk_sum(expr, sums, c, i, n).astype(dtype), c // chunks_per_group if groups > 1 else 0
+        if zero is None or total is None:
             return value if scale is None or cfg.integer_accumulation else value * scale[g, n].astype(dtype)
         if cfg.integer_accumulation:  # a chunk's product fits into the dtype that its sum has
-            return value - (row_sum[i, c] * zero[g, n].astype("int32" if expr.dot else "float32")).astype(dtype)
-        shift = row_sum[i, c].astype(dtype) * zero[g, n].astype(dtype)
+            return value - (total[i, c] * zero[g, n].astype("int32" if expr.sums_integers else "float32")).astype(dtype)
+        shift = total[i, c].astype(dtype) * zero[g, n].astype(dtype)
         if scale is None:
             return value - shift
         if cfg.zeros_mode == "rescale":
@@ -330,6 +405,31 @@ def _accumulate(
         return (value - shift) * scale[g, n].astype(dtype)
 
     return te.compute((rows, expr.padded_n), lambda i, n: te.sum(term(i, n), axis=c), name="accumulate")
+
+
+def _chunk_sum(expr: MatmulExpr, sums: _Sums, c: Expr, i: Expr, n: Expr) -> Expr:
+    """The sum of a chunk's products, without what the bytes of a `dot` hold beyond the values of weights."""
+    added = offset(expr.config.format, expr.dot) if expr.dot else 0
+
+    def part(*row: Any) -> Expr:
+        value = sums.partial[(c, *row, n)]
+        return value - sums.row_sum[(*row, c)] * added if added and sums.row_sum is not None else value
+
+    if sums.steps is None:
+        return part(i)
+    return join_slices([part(i, at) for at in range(expr.slices)]) * sums.steps[i, c]
+
+
+def _row_total(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
+    """Block row_total: the sum of a chunk of a row of sliced activations, float32 (rows, chunks)."""
+    row_sum, steps = sums.row_sum, sums.steps
+    assert row_sum is not None
+    assert steps is not None
+
+    def total(i: Expr, c: Expr) -> Expr:
+        return join_slices([row_sum[i, at, c] for at in range(expr.slices)]) * steps[i, c]
+
+    return te.compute((rows, expr.padded_k // expr.chunk), total, name="row_total")
 
 
 def _store_as(value: Expr, dtype: str, out_dtype: str) -> Expr:

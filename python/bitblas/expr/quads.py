@@ -11,7 +11,12 @@ from ..layout import QUAD, PackedLayout
 
 
 def offset(fmt: DataFormat, dot: str) -> int:
-    """What a byte holds beyond the value: a byte is value + offset, unsigned for ``"u8s8"`` and signed for ``"s8s8"``."""
+    """What a byte holds beyond the value: a byte is value + offset, unsigned for ``"u8s8"`` and signed for ``"s8s8"``.
+
+    0 for what holds no bytes.
+    """
+    if dot == "bf16":
+        return 0
     if fmt.bits == 1:
         return 1 if fmt.kind == "int" else 0
     if fmt.bits < 8:

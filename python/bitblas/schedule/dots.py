@@ -10,7 +10,7 @@ from ..formats import DataFormat
 from ..layout import LANES, dots_unit
 from ..target import Target
 from .rule import Problem, Tiling, Unit, UnitRule
-from .tilings import Shape, decode_in_registers, decode_to_panel, small_shapes, tall_shapes
+from .tilings import decode_in_registers, decode_to_panel, four_blocks_first
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 #: k that are decoded into a panel of bytes at a time: 512 · 64 columns are 32 KB.
 _PANEL_K = 512
+
+#: Most activations that share the step of their slices.
+_SLICED_K = 512
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,14 @@ class DotUnit(Unit):
         What it multiplies: see `Tiling`.
     most_bits : int
         Widest codes that it multiplies exactly.
+    slices: bool
+        Whether float activations that are cut into bytes gain by it.
     """
 
     instruction: str
     dot: str
     most_bits: int = 8
+    slices: bool = False
 
     def decline(self, fmt: DataFormat, target: Target) -> str | None:
         """See `Unit`."""
@@ -56,21 +62,26 @@ class DotUnit(Unit):
 
 #: The order is the policy: the first that a target has is taken.
 DOT_UNITS: tuple[DotUnit, ...] = (
-    DotUnit("avx512_vnni", "avx512vnni", 16, "vpdpbusd", "u8s8"),
-    DotUnit("avx_vnni", "avxvnni", 8, "vpdpbusd", "u8s8"),
+    DotUnit("avx512_vnni", "avx512vnni", 16, "vpdpbusd", "u8s8", slices=True),
+    DotUnit("avx_vnni", "avxvnni", 8, "vpdpbusd", "u8s8", slices=True),
     DotUnit("avx512_maddubs", "avx512bw", 16, "vpmaddubsw", "u8s8", most_bits=7),
     DotUnit("avx2_maddubs", "avx2", 8, "vpmaddubsw", "u8s8", most_bits=7),
     DotUnit("neon_dot", "dotprod", 4, "sdot", "s8s8"),
 )
 
 
+#: Bytes into which an activation is cut, by its dtype: as many as keep what a float32 sum of products would.
+SLICES = {"float16": 3, "float32": 3, "bfloat16": 3}
+
+
 def takes_dots(config: MatmulConfig, target: Target) -> bool:
     """Whether the weights of `config` should lie as dot products on `target` read them."""
-    if not config.integer_products or config.N % LANES:
+    sliced = config.A_dtype in SLICES and config.format.is_integer and config.format.bits <= 8
+    if not (config.integer_products or sliced) or config.N % LANES:
         return False
     group = config.group if config.is_grouped else config.K
     return group % dots_unit(config.format.bits) == 0 and any(
-        unit.decline(config.format, target) is None for unit in DOT_UNITS
+        unit.decline(config.format, target) is None and (unit.slices or not sliced) for unit in DOT_UNITS
     )
 
 
@@ -83,12 +94,11 @@ class DotRule(UnitRule):
 
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
-        num_sums = self.unit.num_sums(problem.target)
-        if self.few_rows:
-            found = decode_in_registers(problem, _four_first(small_shapes(num_sums, problem.m)))
-        else:
-            found = decode_to_panel(problem, _four_first(tall_shapes(num_sums, problem.m)), _PANEL_K)
-        return [replace(tiling, dot=self.unit.dot) for tiling in found]
+        num_sums, slices = self.unit.num_sums(problem.target), SLICES.get(problem.config.A_dtype, 0)
+        found = decode_in_registers(problem, num_sums, slices or 1)
+        found += four_blocks_first(decode_to_panel(problem, num_sums, slices or 1, _PANEL_K))
+        most = _SLICED_K if slices else 0
+        return [replace(t, dot=self.unit.dot, slices=slices, chunk_k=t.chunk_k or most) for t in found]
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""
@@ -101,11 +111,3 @@ class DotRule(UnitRule):
             return dot_quads(unit.instruction, unit.vector_lanes, unit.dot, depth)
 
         return schedule_lanes(func, problem, tiling, Intrinsics(dot=dot, depth=unit.depth(problem.config.format)))
-
-
-def _four_first(shapes: list[Shape]) -> list[Shape]:
-    """Four blocks of columns come first: 4 x 4 took 5.74 ms where 8 x 3 took 5.86, and 1 x 4 312 us where 1 x 8 took 328.
-
-    (int8 times int8 with M=128, and times uint4 with M=1, 4096 x 4096, VNNI on Zen 4.)
-    """
-    return sorted(shapes, key=lambda shape: (shape[1] != 4, shape[1] == 4 and shape[0] > 4))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..formats import DataFormat
 from .rule import Problem, Tiling, Unit, UnitRule
-from .tilings import decode_in_registers, decode_to_panel, small_shapes, tall_shapes
+from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -51,9 +51,15 @@ class FloatRule(UnitRule):
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
         num_sums = self.unit.num_sums(problem.target)
-        if self.few_rows:
-            return decode_in_registers(problem, small_shapes(num_sums, problem.m))
-        return decode_to_panel(problem, tall_shapes(num_sums, problem.m))
+        again, once = decode_in_registers(problem, num_sums), decode_to_panel(problem, num_sums)
+        return again + once if problem.m <= DECODE_AGAIN_ROWS or self._decodes_easily(problem) else once + again
+
+    def _decodes_easily(self, problem: Problem) -> bool:
+        """Whether a code takes so few instructions that decoding it for each tile of rows beats a panel."""
+        fmt = problem.config.format
+        if problem.layout.name == "packed":
+            return False
+        return self.unit.looks_up(fmt) and len(problem.layout.planes) == 1
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -14,6 +15,7 @@ from tvm.tirx.script.builder import ir as B
 
 from ..expr.decode import decode
 from ..expr.matmul import join_bytes
+from ..expr.pairs import PAIR, decode_pair, half
 from ..expr.quads import quad_byte
 from ..formats import parse_format
 from ..layout import LANES, QUAD
@@ -326,3 +328,100 @@ DOT_INSTRUCTIONS: dict[str, Callable[[int, Expr, list[Expr], list[Expr]], Expr]]
 def _register(name: str, meaning: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:
     TensorIntrin.register(name, meaning, implementation, override=True)
     return name
+
+
+#: TVM takes every bfloat16 of an expression for a float32, so that the instruction is reached through functions over int32.
+BF16_LIBRARY = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr hidden <16 x float> @bitblas_dpbf16ps(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+"""
+
+
+@cache
+def dot_pairs() -> str:
+    """C[lane] += Σ over the halves of A · half of P, for sixteen lanes: `vdpbf16ps`; subnormal numbers count as 0."""
+
+    @T.prim_func(s_tir=True)
+    def meaning(a: T.handle, p: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (1,), "int32", offset_factor=1)
+        P = T.match_buffer(p, (LANES,), "int32", offset_factor=1)
+        C = T.match_buffer(c, (LANES,), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:LANES], A[0:1], P[0:LANES])
+            T.writes(C[0:LANES])
+            for i, h in T.grid(LANES, PAIR):
+                with T.sblock("matmul"):
+                    lane, j = T.axis.remap("SR", [i, h])
+                    C[lane] = C[lane] + half(A[0], j) * half(P[lane], j)
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, p: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (1,), "int32", offset_factor=1)
+        P = T.match_buffer(p, (LANES,), "int32", offset_factor=1)
+        C = T.match_buffer(c, (LANES,), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:LANES], A[0:1], P[0:LANES])
+            T.writes(C[0:LANES])
+            C[T.ramp(T.int32(0), 1, LANES)] = T.call_pure_extern(
+                "bitblas_dpbf16ps",
+                C.vload([0], dtype="float32x16"),
+                T.broadcast(A[0], LANES),
+                P.vload([0], dtype="int32x16"),
+                dtype="float32x16",
+            )
+
+    return _register("bitblas.dot_pairs", meaning, implementation)
+
+
+@cache
+def look_up_pairs(format_name: str) -> str:
+    """Decode thirty-two codes of at most 5 bits to bfloat16, two to a word: `vpermw`, which minds 5 bits of each half."""
+    fmt = parse_format(format_name)
+    entries = [bfloat16_bits(fmt.code_values[i % len(fmt.code_values)]) for i in range(32)]
+    table = [entries[i] | entries[i + 1] << 16 for i in range(0, 32, 2)]
+
+    def pair_of(word: Expr) -> Expr:
+        return decode_pair(fmt, word)
+
+    @T.prim_func(s_tir=True)
+    def meaning(
+        U: T.Buffer((LANES,), "int32", offset_factor=1), D: T.Buffer((LANES,), "int32", offset_factor=1)
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(U[0:LANES])
+            T.writes(D[0:LANES])
+            for i in T.serial(0, LANES):
+                with T.sblock("decode"):
+                    lane = T.axis.remap("S", [i])
+                    D[lane] = pair_of(U[lane])
+
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("implementation")
+        u, d = B.arg("u", B.handle()), B.arg("d", B.handle())
+        U = B.match_buffer(u, (LANES,), "int32", offset_factor=1)
+        D = B.match_buffer(d, (LANES,), "int32", offset_factor=1)
+        with B.sblock("root"):
+            B.reads(U[0:LANES])
+            B.writes(D[0:LANES])
+            values = tirx.Shuffle(
+                [tirx.const(word - (word >> 31 << 32), "int32") for word in table],
+                [tirx.const(i, "int32") for i in range(LANES)],
+            )
+            found = _pure(
+                "int16x32",
+                "llvm.x86.avx512.permvar.hi.512",
+                tirx.reinterpret("int16x32", values),
+                tirx.reinterpret("int16x32", U.vload([0], "int32x16")),
+            )
+            B.buffer_store(D, tirx.reinterpret("int32x16", found), [B.ramp(0, 1, LANES)])
+    return _register(f"bitblas.look_up_pairs_{format_name}", meaning, builder.get())
+
+
+def bfloat16_bits(value: float) -> int:
+    """The bits of a value that bfloat16 represents exactly."""
+    return int.from_bytes(struct.pack("<f", value), "little") >> 16

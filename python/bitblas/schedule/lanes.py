@@ -11,6 +11,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ..config import MatmulConfig
+from ..expr.pairs import PAIR
 from ..expr.quads import needs_row_sum
 from ..layout import LANES, QUAD, UNIT
 from .intrinsics import load_words, transpose_lanes
@@ -29,11 +30,14 @@ class Intrinsics:
         From a number of words to what adds the products of so many to sixteen sums; for tilings with a `dot`.
     depth : int
         Words of each lane that it takes at most.
+    library : str
+        Functions that they call, as LLVM IR.
     """
 
     decode: str | None = None
     dot: Callable[[int], str] | None = None
     depth: int = 1
+    library: str = ""
 
 
 def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, intrinsics: Intrinsics) -> Schedule:
@@ -87,7 +91,7 @@ class _Nest:
         self.lane_blocks = tiling.block_n // LANES
         self.chunk = tiling.chunk(self.config, problem.layout)
         #: k that one step of the loop over k stands for
-        self.step = QUAD if tiling.dot else 1
+        self.step = {"": 1, "bf16": PAIR}.get(tiling.dot, QUAD)
         unrolled = max(tiling.block_k, problem.layout.unit) if tiling.dot else tiling.block_k
         self.unrolled = math.gcd(unrolled, self.chunk) // self.step
         self.groups_at_once = self._groups_at_once()
@@ -111,32 +115,77 @@ class _Nest:
 
     def activations(self) -> None:
         """Convert activations once, and sum them where zero points ask for it."""
-        sch, many = self.sch, self.problem.m > self.tiling.block_m and self.tiling.parallel
+        sch = self.sch
         block = sch.get_sblock("activation")
-        if self.config.A_dtype == "float32" and not self.tiling.panel:
+        if self.tiling.slices:
+            self.slices()
+        elif self.config.A_dtype == "float32" and not self.tiling.panel:
             sch.compute_inline(block)
         else:
             row, k = sch.get_loops(block)
-            # an odd number of cache lines a row: rows that are a power of two apart would share the sets of a cache
-            line = LINE_BYTES // (1 if self.tiling.dot else 4)
-            sch.storage_align(block, 0, axis=0, factor=2 * line, offset=line)
-            width = math.gcd(-(-self.config.K // self.chunk) * self.chunk, line)
-            if width > 1:
-                sch.vectorize(sch.split(k, [None, width])[1])
-            if many:
+            self.align_rows(block)
+            self.vectorize_k(k)
+            if self.many_rows:
                 sch.parallel(row)
         if not needs_row_sum(self.config, self.tiling.dot):
             return
-        if self.chunk % LANES == 0:
-            lanes = sch.get_sblock("row_sum_lanes")
-            row, _, lane, j = sch.get_loops(lanes)
-            sch.reorder(j, lane)
-            sch.vectorize(lane)
-            chunk = sch.get_loops(sch.get_sblock("row_sum"))[1]
-            sch.compute_at(lanes, chunk, preserve_unit_loops=True)
-            self.reductions.append((lanes, sch.get_loops(lanes)[-2]))
-        if many:
+        self.row_sums()
+        if self.many_rows:
             sch.parallel(sch.get_loops(sch.get_sblock("row_sum"))[0])
+
+    def slices(self) -> None:
+        """Cut activations into bytes: a row at a time, while a cache holds it."""
+        sch = self.sch
+        row, chunk, _ = sch.get_loops(sch.get_sblock("largest"))
+        self.over_lanes("largest", chunk)
+        sch.reverse_compute_at(sch.get_sblock("step"), row, preserve_unit_loops=True)
+        block = sch.get_sblock("activation")
+        sch.reverse_compute_at(block, row, preserve_unit_loops=True)
+        self.align_rows(block)
+        index, k = sch.get_loops(block)[-2:]
+        k, lanes = self.vectorize_k(k)
+        sch.reorder(k, index, lanes)
+        sch.unroll(index)  # so that what the digits of an activation share is found once
+        if self.many_rows:
+            sch.parallel(row)
+
+    @property
+    def many_rows(self) -> bool:
+        """Whether there are rows enough to prepare them by several threads."""
+        return self.problem.m > self.tiling.block_m and self.tiling.parallel
+
+    @property
+    def line(self) -> int:
+        """Elements of the copy of A in a cache line."""
+        return LINE_BYTES // (1 if self.tiling.dot in ("u8s8", "s8s8") else 4)
+
+    def align_rows(self, block: SBlockRV) -> None:
+        """An odd number of cache lines a row: rows that are a power of two apart would share the sets of a cache."""
+        line = self.line
+        self.sch.storage_align(block, 0, axis=1 if self.tiling.slices else 0, factor=2 * line, offset=line)
+
+    def vectorize_k(self, k: LoopRV) -> tuple[LoopRV, LoopRV]:
+        """Split a loop over the k of a copy of A into one over vectors, and the vector."""
+        length = -(-self.config.K // self.chunk) * self.chunk // (PAIR if self.tiling.dot == "bf16" else 1)
+        outer, lanes = self.sch.split(k, [None, math.gcd(length, self.line)])
+        self.sch.vectorize(lanes)
+        return outer, lanes
+
+    def row_sums(self) -> None:
+        """Sum the activations of a row's chunks."""
+        self.over_lanes("row_sum", self.sch.get_loops(self.sch.get_sblock("row_sum"))[-2])
+
+    def over_lanes(self, name: str, chunk: LoopRV) -> None:
+        """Reduce a chunk of a row to sixteen lanes first, where they divide it."""
+        sch = self.sch
+        if self.chunk % LANES:
+            return
+        lanes = sch.get_sblock(f"{name}_lanes")
+        lane, j = sch.get_loops(lanes)[-2:]
+        sch.reorder(j, lane)
+        sch.vectorize(lane)
+        sch.compute_at(lanes, chunk, preserve_unit_loops=True)
+        self.reductions.append((lanes, sch.get_loops(lanes)[-2]))
 
     def tiles(self) -> tuple[LoopRV, LoopRV]:
         """Tile the output; returns the loops over tiles of columns and of rows."""
@@ -212,16 +261,16 @@ class _Nest:
     def dots(self, block: SBlockRV, dot: Callable[[int], str]) -> tuple[LoopRV, LoopRV]:
         """Products of words: the loop over their bytes, the lanes, and `depth` words become one intrinsic."""
         sch, depth = self.sch, math.gcd(self.intrinsics.depth, self.unrolled)
-        chunk, row, n, q, j = sch.get_loops(block)[-5:]
+        chunk, *row, n, q, j = sch.get_loops(block)[-6 if self.tiling.slices else -5 :]
         blocks, lanes = self.split_lanes(n)
         outer, inner = sch.split(q, [None, self.unrolled // depth * depth])
-        sch.reorder(chunk, outer, inner, row, blocks, lanes, j)
+        sch.reorder(chunk, outer, inner, *row, blocks, lanes, j)
         first = lanes
         if depth > 1:
             inner, first = sch.split(inner, [None, depth])
-            sch.reorder(inner, row, blocks, first, lanes)
-        sch.unroll(inner)
-        sch.unroll(row)
+            sch.reorder(inner, *row, blocks, first, lanes)
+        for loop in (inner, *row):
+            sch.unroll(loop)
         sch.vectorize(sch.get_loops(sch.decompose_reduction(block, outer))[-1])
         self.to_tensorize.append((first, dot(depth)))
         return inner, outer
@@ -238,7 +287,7 @@ class _Nest:
                 k, [None, math.gcd(layout.unit if self.tiling.dot else UNIT, self.chunk) // self.step]
             )
             sch.unroll(place)
-        if self.tiling.dot:
+        if self.tiling.dot in ("u8s8", "s8s8"):
             sch.vectorize(lanes)
         else:
             self.unpack(place, lanes)
@@ -262,6 +311,10 @@ class _Nest:
         sch.vectorize(self.split_lanes(sch.get_loops(unpack)[-1])[1])
 
     def finish(self) -> None:
+        """Do what the steps above had to leave for the end."""
+        if self.intrinsics.library:
+            loop = self.sch.get_loops(self.sch.get_sblock("epilogue"))[1]
+            self.sch.annotate(loop, "pragma_import_llvm", self.intrinsics.library)
         for block, loop in self.reductions:
             self.sch.decompose_reduction(block, loop)
         for loop, intrinsic in self.to_tensorize:

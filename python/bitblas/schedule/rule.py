@@ -27,9 +27,6 @@ EXACT_DOT_TERMS = 1 << 16
 #: Bytes of a cache line.
 LINE_BYTES = 64
 
-#: Rows up to which one tile of rows holds them all, so that weights are decoded exactly once.
-SMALL_M = 4
-
 #: A divisor of a group that is smaller than this makes no good chunk: then the whole group is one.
 _SHORTEST_CHUNK = 32
 
@@ -56,9 +53,11 @@ class Tiling:
     parallel : bool
         Whether the kernel uses torch's threads.
     dot : str
-        How the products of int8 activations and integer weights are summed: ``""`` in float32, one at a time; ``"u8s8"`` in
-        int32, four at a time, codes unsigned and activations signed; ``"s8s8"`` likewise, both signed. The last two read the
-        layout "dots".
+        How products are summed: ``""`` in float32, one at a time; ``"u8s8"`` in
+        int32, four at a time, codes unsigned and activations signed; ``"s8s8"`` likewise, both signed; ``"bf16"`` in float32,
+        two at a time, both bfloat16. All but the first read the layout "dots".
+    slices : int
+        Into how many int8 an activation of more bits is cut for a `dot`; 0 for int8 activations.
     """
 
     block_m: int
@@ -70,6 +69,7 @@ class Tiling:
     prefetch: int = 0
     parallel: bool = True
     dot: str = ""
+    slices: int = 0
 
     def fields(self) -> dict[str, object]:
         """As JSON values."""
@@ -181,27 +181,15 @@ class Unit:
 
 
 class UnitRule(ScheduleRule):
-    """A rule for a unit of a machine.
+    """The rule for a unit of a machine, whose name it has."""
 
-    Parameters
-    ----------
-    unit : Unit
-        What computes.
-    few_rows : bool
-        Whether it is for at most `SMALL_M` rows, all at once, with weights decoded in registers; else it is for any number,
-        with weights decoded once, into a panel.
-    """
-
-    def __init__(self, unit: Unit, few_rows: bool) -> None:
-        self.unit, self.few_rows = unit, few_rows
-        self.name = f"{unit.name}_{'small_m' if few_rows else 'gemm'}"
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.name = unit.name
 
     def decline(self, problem: Problem) -> str | None:
         """See `ScheduleRule`."""
-        reason = super().decline(problem) or self.unit.decline(problem.config.format, problem.target)
-        if reason is None and self.few_rows and problem.m > SMALL_M:
-            reason = f"is for at most {SMALL_M} rows, not {problem.m}"
-        return reason
+        return super().decline(problem) or self.unit.decline(problem.config.format, problem.target)
 
 
 def select_rule(rules: tuple[ScheduleRule, ...], problem: Problem) -> ScheduleRule:

@@ -13,9 +13,16 @@ Shape = tuple[int, int]
 #: Multiply-accumulates below which starting threads costs more than they save.
 SERIAL_WORK = 1 << 16
 
-#: How far ahead weights are asked for where each is used once, the best first: at 1024 a 4-bit kernel of 4096 x 4096 took
-#: 392 us where without it took 426.
-PREFETCH_BYTES = (1024, 0, 2048)
+#: How far ahead weights are asked for, the best first: at 1024 a 4-bit kernel of 4096 x 4096 took 392 us where without it took
+#: 426.
+PREFETCH_BYTES = (1024, 0, 512)
+
+#: Blocks of sums from which on they are no array on the stack, but memory that a prefetch might touch: compilers then store
+#: them with each (four rows of slices by 32 columns took 910 us with it, 618 without).
+_STACK_SUMS = 16
+
+#: Rows up to which weights are decoded in registers whatever that costs.
+DECODE_AGAIN_ROWS = 16
 
 #: k that are decoded into a panel at a time: 128 · 64 columns of float32 fit an L1 cache of 48 KB beside the activations.
 PANEL_K = 128
@@ -31,45 +38,65 @@ _SHAPES: dict[int, tuple[Shape, ...]] = {
     3: ((3, 1), (1, 3), (2, 1), (1, 2)),
 }
 
-
-#: Blocks of columns for one to four rows, by how many blocks of sums fit, the best first. Of six, two for one row took 478 us
-#: where six took 605 (uint4 4096 x 4096, AVX2 on Zen 4), and one for two rows 672 where three took 871.
-_SMALL_WIDTHS: dict[int, dict[int, tuple[int, ...]]] = {
-    24: {1: (8, 4, 2), 2: (6, 4, 2), 3: (4, 2, 6), 4: (4, 2, 1)},
-    6: {1: (2, 6, 1), 2: (1, 3, 2), 3: (1, 2), 4: (1,)},
-    3: {1: (2, 3, 1), 2: (1,), 3: (1,), 4: (1,)},
-}
+#: Most rows, and blocks of sums, beside codes that are being decoded, by how many blocks of sums would fit. 8 x 1 took 2411 us
+#: where 16 x 1 took 2532 and 8 x 2 2754 (nf4, M=16, 4096 x 4096, AVX-512 on Zen 4); 1 x 2 478 us where 1 x 6 took 605, and
+#: 4 x 1 2826 where 6 x 1 took 6562 (uint4, M=1 and M=16, AVX2).
+_BESIDE_CODES: dict[int, tuple[int, int]] = {24: (8, 12), 6: (4, 2), 3: (2, 2)}
 
 
-def small_shapes(num_sums: int, m: int) -> list[Shape]:
-    """Shapes that hold all of `m` rows, up to `SMALL_M`, where so many blocks of sums fit, the best first."""
-    return [(m, width) for width in _SMALL_WIDTHS[_fitting(num_sums)][m]]
+def decode_in_registers(problem: Problem, num_sums: int, per_row: int = 1, least_sums: int = 1) -> list[Tiling]:
+    """Tilings that decode weights in registers, for as many rows as one tile holds.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is to be computed.
+    num_sums : int
+        Blocks of sixteen sums that fit.
+    per_row : int
+        Blocks of sums of one row and sixteen columns.
+    least_sums : int
+        Blocks of sums that hide the latency of the instruction which adds to them.
+    """
+    most_rows, most_sums = _BESIDE_CODES[_fitting(num_sums)]
+    most_rows = min(most_rows, max(1, most_sums // per_row))
+    rows = -(-problem.m // -(-problem.m // most_rows))
+    width = max(-(-least_sums // (rows * per_row)), most_sums // (rows * per_row))
+    width = max(1, min(8, width))
+    shapes = [(rows, blocks) for blocks in dict.fromkeys((width, max(1, width // 2), width + 1))]
+    shapes += [(max(1, rows // 2), width), (rows, width * 2)]
+    tilings = _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 8)))
+    found = []
+    for tiling in tilings:
+        on_stack = tiling.block_m * per_row * tiling.block_n // LANES < _STACK_SUMS
+        found += [replace(tiling, prefetch=ahead) for ahead in (PREFETCH_BYTES if on_stack else (0,))]
+    return found
 
 
-def tall_shapes(num_sums: int, m: int) -> list[Shape]:
-    """Shapes of no more rows than `m`, where so many blocks of sums fit; first one that is as wide as `m` rows allow."""
-    most = _fitting(num_sums)
-    found = [(min(rows, m), blocks) for rows, blocks in _SHAPES[most]]
-    if m < _SHAPES[most][0][0]:
-        found.insert(0, (m, max(1, min(6, most // m))))
-    return list(dict.fromkeys(found))
+def decode_to_panel(problem: Problem, num_sums: int, per_row: int = 1, panel_k: int = PANEL_K) -> list[Tiling]:
+    """Tilings that decode weights once for all rows, `panel_k` at a time; the less of the last tiles is empty the better."""
+    most = _SHAPES[_fitting(num_sums)]
+    shapes = [(min(max(1, rows // per_row), problem.m), blocks) for rows, blocks in most]
+    if problem.m * per_row < most[0][0]:  # one that is as wide as the rows allow
+        shapes.insert(0, (problem.m, max(1, min(6, _fitting(num_sums) // (problem.m * per_row)))))
+    shapes.sort(key=lambda shape: _padded_work(problem, *shape))
+    return _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=panel_k, panel=True)))
+
+
+def four_blocks_first(tilings: list[Tiling]) -> list[Tiling]:
+    """At most four rows by four blocks come first.
+
+    4 x 4 took 5.74 ms where 8 x 3 took 5.86 (int8 times int8, M=128, VNNI on Zen 4), and 10.5 where 6 x 4 took 11.0 (bfloat16
+    times uint4).
+    """
+    return sorted(
+        tilings, key=lambda tiling: (tiling.block_n != 4 * LANES, tiling.block_n == 4 * LANES and tiling.block_m > 4)
+    )
 
 
 def _fitting(num_sums: int) -> int:
     """The row of the tables for the most blocks of sums, of those that fit."""
     return max(size for size in _SHAPES if size <= num_sums)
-
-
-def decode_in_registers(problem: Problem, shapes: list[Shape]) -> list[Tiling]:
-    """Tilings that decode weights for each tile of rows: for as many rows as one tile holds."""
-    tilings = _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 8)))
-    return [replace(tiling, prefetch=ahead) for ahead in PREFETCH_BYTES for tiling in tilings]
-
-
-def decode_to_panel(problem: Problem, shapes: list[Shape], panel_k: int = PANEL_K) -> list[Tiling]:
-    """Tilings that decode weights once for all rows, `panel_k` at a time; the less of the last tiles is empty the better."""
-    shapes = sorted(shapes, key=lambda shape: _padded_work(problem, *shape))
-    return _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=panel_k, panel=True)))
 
 
 def _in_slabs(tilings: list[Tiling]) -> list[Tiling]:

@@ -44,6 +44,25 @@ def test_look_up(instruction, name):
     assert torch.equal(meaning, torch.tensor([fmt.code_values[i % (1 << fmt.bits)] for i in range(16)]))
 
 
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.is_integer and fmt.bits <= 5])
+def test_look_up_pairs(name):
+    from bitblas.schedule.intrinsics import look_up_pairs
+
+    if "avx512bw" not in host_features():
+        pytest.skip("this CPU has no vpermw")
+    fmt = FORMATS[name]
+    above = 1 << fmt.bits  # what lies above the lower code
+    garbage = torch.randint(0, 1 << (16 - fmt.bits), (16,), dtype=torch.int32) * above
+    places = torch.arange(16, dtype=torch.int32)
+    low, high = places % (1 << fmt.bits), (places * 7 + 3) % (1 << fmt.bits)
+    meaning, implementation = both(look_up_pairs(name), low | garbage | high << 16, torch.int32)
+    assert torch.equal(meaning, implementation)
+    values = torch.tensor(fmt.code_values).bfloat16()
+    assert torch.equal(
+        meaning.view(torch.bfloat16).view(16, 2), torch.stack([values[low.long()], values[high.long()]], dim=1)
+    )
+
+
 @pytest.mark.parametrize("unit", DOT_UNITS, ids=lambda unit: unit.name)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_dot_quads_at_the_ends_of_the_ranges(unit, bits):

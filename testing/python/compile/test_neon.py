@@ -62,7 +62,7 @@ def count(instruction, assembly):
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_are_multiplied_by_sdot_where_there_is_one(name):
     functions = compute_functions(config(name, "int8", with_scaling=True), N1)
-    assert set(functions) == {"neon_dot_small_m", "neon_dot_gemm"}
+    assert set(functions) == {"neon_dot"}
     for assembly in functions.values():
         assert re.search(r"^\s+sdot\s+v\d+\.4s, v\d+\.16b,", assembly, re.MULTILINE)
         assert not count("fmla|mla|smlal2?|umlal2?", assembly)
@@ -71,7 +71,7 @@ def test_integers_are_multiplied_by_sdot_where_there_is_one(name):
 @pytest.mark.parametrize(("name", "target"), [("uint1", A72), ("uint8", GENERIC), ("int5", GENERIC), ("int8", A72)])
 def test_integers_are_multiplied_by_fmla_where_there_is_no_sdot(name, target):
     functions = compute_functions(config(name, "int8", with_scaling=True), target)
-    assert set(functions) == {"neon_small_m", "neon_gemm"}
+    assert set(functions) == {"neon"}
     for assembly in functions.values():
         assert re.search(r"^\s+fmla\s+v\d+\.4s,", assembly, re.MULTILINE)
         assert not count("sdot|udot", assembly)
@@ -80,7 +80,7 @@ def test_integers_are_multiplied_by_fmla_where_there_is_no_sdot(name, target):
 @pytest.mark.parametrize(("name", "target"), [(name, (N1, A72)[i % 2]) for i, name in enumerate(FORMATS)])
 def test_floats_are_multiplied_by_fmla_in_vectors(name, target):
     functions = compute_functions(config(name, with_scaling=True), target)
-    assert set(functions) == {"neon_small_m", "neon_gemm"}
+    assert set(functions) == {"neon"}
     for assembly in functions.values():
         assert re.search(r"^\s+fmla\s+v\d+\.4s,", assembly, re.MULTILINE)
         assert not count("fmadd|sdot", assembly)
@@ -231,7 +231,7 @@ def test_formats(check, target, a_dtype, name, shape, out_dtype, bias):
     fields = {"N": N, "K": K, "group_size": group, "out_dtype": out_dtype, "with_bias": bias}
     rules = check(target, config(name, a_dtype, M=(1, 9) if shape % 2 else (3, 9), with_scaling=True, **fields))
     unit = "neon_dot" if target == N1 and a_dtype == "int8" and name in INTEGERS else "neon"
-    assert rules == {f"{unit}_small_m", f"{unit}_gemm"}
+    assert rules == {unit}
 
 
 def covering_zeros():

@@ -41,33 +41,45 @@ def compiled(cfg, target):
 
 
 FLOATS = {AVX512: "avx512", VNNI: "avx512", AVX2: "avx2", AVX_VNNI: "avx2", NEON: "neon", BASELINE: "generic"}
+#: Units that multiply floats in slices, where weights are integers.
+SLICES = {VNNI: "avx512_vnni", AVX_VNNI: "avx_vnni"}
 DOTS = {VNNI: "avx512_vnni", AVX_VNNI: "avx_vnni", NEON: "neon_dot"}
 
 
-@pytest.mark.parametrize(("m", "suffix"), [(1, "small_m"), (4, "small_m"), (5, "gemm"), (1024, "gemm")])
+@pytest.mark.parametrize("m", [1, 4, 5, 1024])
 @pytest.mark.parametrize(("target", "unit"), FLOATS.items(), ids=str)
-def test_floats_take_the_widest_vectors(target, unit, m, suffix):
-    assert select_rule(RULES, problem(target, m)).name == f"{unit}_{suffix}"
+def test_floats_take_the_widest_vectors(target, unit, m):
+    assert select_rule(RULES, problem(target, m, w_dtype="nf4")).name == unit
 
 
-@pytest.mark.parametrize(("m", "suffix"), [(1, "small_m"), (4, "small_m"), (5, "gemm"), (1024, "gemm")])
+@pytest.mark.parametrize("a_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("target", FLOATS, ids=str)
+def test_floats_times_integers_are_multiplied_in_slices_where_that_is_faster(target, name, a_dtype):
+    subject = problem(target, 1, w_dtype=name, A_dtype=a_dtype)
+    rule = select_rule(RULES, subject)
+    assert rule.name == SLICES.get(target, FLOATS[target])
+    assert {tiling.slices for tiling in rule.tilings(subject)} == {3 if target in SLICES else 0}
+
+
+@pytest.mark.parametrize("m", [1, 4, 5, 1024])
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("target", [*DOTS, AVX512, AVX2, OLD_NEON, BASELINE], ids=str)
-def test_integers_take_the_best_instruction_for_bytes(target, name, m, suffix):
+def test_integers_take_the_best_instruction_for_bytes(target, name, m):
     unit = DOTS.get(target)
     if unit is None and FORMATS[name].bits < 8:
         unit = {AVX512: "avx512_maddubs", AVX2: "avx2_maddubs"}.get(target)
     unit = unit or FLOATS.get(target, "neon")
     subject = problem(target, m, w_dtype=name, A_dtype="int8")
-    assert select_rule(RULES, subject).name == f"{unit}_{suffix}"
+    assert select_rule(RULES, subject).name == unit
     assert (subject.layout.name == "dots") == (unit in {row.name for row in DOT_UNITS})
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"A_dtype": "float16"},
         {"w_dtype": "nf4"},
+        {"w_dtype": "nf4", "A_dtype": "float16"},
         {"N": 40},
         {"K": 132, "group_size": -1},
         {"group_size": 4},
@@ -78,18 +90,17 @@ def test_integers_take_the_best_instruction_for_bytes(target, name, m, suffix):
 def test_what_does_not_fit_words_of_four_bytes_is_multiplied_in_floats(changes):
     subject = problem(VNNI, **{"A_dtype": "int8", **changes})
     assert subject.layout.name != "dots"
-    assert select_rule(RULES, subject).name == "avx512_small_m"
+    assert select_rule(RULES, subject).name == "avx512"
 
 
 def test_each_rule_that_declines_says_why():
-    assert "avx512f" in find_rule("avx512_gemm").decline(problem(AVX2))
-    assert "at most 4 rows, not 5" in find_rule("avx512_small_m").decline(problem(AVX512, 5))
+    assert "avx512f" in find_rule("avx512").decline(problem(AVX2))
     wide, dots = problem(AVX2, w_dtype="uint8", A_dtype="int8"), problem(VNNI, A_dtype="int8")
-    assert "layout dots, not lanes" in find_rule("avx512_vnni_gemm").decline(problem(VNNI))
-    assert "layout lanes or packed, not dots" in find_rule("generic_gemm").decline(dots)
+    assert "layout dots, not lanes" in find_rule("avx512_vnni").decline(problem(VNNI, w_dtype="nf4"))
+    assert "layout lanes or packed, not dots" in find_rule("generic").decline(dots)
     assert "saturates with codes of more than 7 bits" in DOT_UNITS[3].decline(wide.config.format, AVX2)
-    both = (find_rule("avx512_small_m"), find_rule("avx512_gemm"))
-    with pytest.raises(UnsupportedError, match=r"\n  avx512_small_m, avx512_gemm: needs avx512f"):
+    both = (find_rule("avx512_vnni"), find_rule("avx512"))
+    with pytest.raises(UnsupportedError, match=r"\n  avx512_vnni: reads .*\n  avx512: needs avx512f"):
         select_rule(both, problem(AVX2))
     with pytest.raises(UnsupportedError, match="is for llvm targets, not cuda -arch=sm_90"):
         select_rule(RULES, problem(resolve_target("cuda -arch=sm_90")))
@@ -163,7 +174,7 @@ def test_a_chunk_of_dot_products_ends_with_a_word(w_dtype, K, group, tiling, chu
 
 def test_equal_kernels_are_shared_between_buckets():
     plan = plan_matmul(config(M=None, N=768), AVX512)
-    assert [kernel.rule for kernel in plan.kernels] == ["avx512_small_m", "avx512_gemm"]
+    assert [kernel.rule for kernel in plan.kernels] == ["avx512", "avx512"]
     assert plan.buckets[0] == (1, plan.kernels[0].name)
     assert {name for _, name in plan.buckets[1:]} == {plan.kernels[1].name}
 
@@ -207,8 +218,8 @@ def test_the_pass_reports_every_reason_when_all_rules_decline():
     from bitblas.transform import ApplyDefaultSchedule
 
     mod = build.expression_module(plan_matmul(config(), AVX512))
-    both = (find_rule("avx512_small_m"), find_rule("avx512_gemm"))
-    with pytest.raises(RuntimeError, match=r"no schedule rule(.|\n)*avx512_small_m, avx512_gemm: needs"):
+    both = (find_rule("avx512_vnni"), find_rule("avx512"))
+    with pytest.raises(RuntimeError, match=r"no schedule rule(.|\n)*avx512_vnni: reads(.|\n)*avx512: needs"):
         ApplyDefaultSchedule(both, AVX2)(mod)
 
 
@@ -260,7 +271,18 @@ def test_avx2_looks_codes_up(name):
 
 def test_loads_assume_no_alignment():
     executable, _ = build.compile_plan(plan_matmul(config(with_zeros=True, with_bias=True, M=[1, 8]), AVX512))
-    alignments = {int(text) for text in re.findall(r"load <.*align (\d+)", executable.mod.inspect_source("ll"))}
+    code = executable.mod.inspect_source("ll")
+    alignments = set()
+    for function in code.split("\ndefine "):
+        bases = dict(re.findall(r"^ *(%\S+) = getelementptr .*?ptr (%\S+),", function, re.MULTILINE))
+        local = set(
+            re.findall(r"^ *(%\S+) = alloca ", function, re.MULTILINE)
+        )  # what is ours is where the compiler put it
+        for pointer, alignment in re.findall(r"load <.*ptr (%\S+), align (\d+)", function):
+            while pointer in bases:
+                pointer = bases[pointer]
+            if pointer not in local:
+                alignments.add(int(alignment))
     assert alignments
     assert max(alignments) <= 8
 

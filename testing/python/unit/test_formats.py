@@ -12,7 +12,7 @@ from bitblas.errors import ConfigError
 from bitblas.formats import ALIASES, FORMATS, DataFormat, parse_format
 from bitblas.layout import PLANE_WIDTHS
 
-SMALL = [name for name, fmt in FORMATS.items() if fmt.bits <= 4]
+SMALL = [name for name, fmt in FORMATS.items() if fmt.bits <= 5]
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
 
 
