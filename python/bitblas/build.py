@@ -91,9 +91,8 @@ def expression_module(plan: MatmulPlan) -> tvm.IRModule:
     for kernel in plan.kernels:
         tiling = kernel.tiling
         chunk = tiling.chunk(plan.config, plan.layout)
-        expr = MatmulExpr(
-            plan.config, plan.layout, tiling.block_m, tiling.block_n // LANES, chunk, tiling.dot, tiling.slices
-        )
+        tile = tiling.block_m, tiling.block_n // LANES, chunk
+        expr = MatmulExpr(plan.config, plan.layout, *tile, tiling.dot, tiling.slices, tiling.split_k)
         func = describe(matmul_func(expr, kernel.name), plan.problem(kernel), kernel.rule, tiling)
         functions[kernel.name] = func
     return tvm.IRModule(functions)

@@ -64,6 +64,9 @@ class MatmulExpr:
         How integer products are summed: see `bitblas.schedule.Tiling`.
     slices : int
         Bytes into which an activation is cut for a `dot`; 0 where it is an int8 itself.
+    split_k : int
+        Parts of the chunks that are summed by themselves: accumulate[s, i, n] and its copy part[s, i, n], which threads can
+        share out; join[i, n] sums them.
     """
 
     config: MatmulConfig
@@ -73,6 +76,7 @@ class MatmulExpr:
     chunk: int
     dot: str = ""
     slices: int = 0
+    split_k: int = 1
 
     @property
     def sums_integers(self) -> bool:
@@ -387,11 +391,12 @@ def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
     cfg, row_sum, zero, scale = expr.config, sums.row_sum, sums.zero, sums.scale
     groups = cfg.num_groups if cfg.is_grouped else 1
     chunks_per_group = expr.padded_k // groups // expr.chunk
-    c = te.reduce_axis((0, expr.padded_k // expr.chunk), name="c")
+    chunks = expr.padded_k // expr.chunk // expr.split_k
+    axis = te.reduce_axis((0, chunks), name="c")
     dtype = cfg.sum_dtype
     total = _row_total(expr, rows, sums) if expr.slices and zero is not None else row_sum
 
-    def term(i: Expr, n: Expr) -> Expr:
+    def term(c: Expr, i: Expr, n: Expr) -> Expr:
         value, g = _chunk_sum(expr, sums, c, i, n).astype(dtype), c // chunks_per_group if groups > 1 else 0
         if zero is None or total is None:
             return value if scale is None or cfg.integer_accumulation else value * scale[g, n].astype(dtype)
@@ -404,7 +409,17 @@ def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
             return value * scale[g, n].astype(dtype) - shift
         return (value - shift) * scale[g, n].astype(dtype)
 
-    return te.compute((rows, expr.padded_n), lambda i, n: te.sum(term(i, n), axis=c), name="accumulate")
+    shape = (rows, expr.padded_n)
+    if expr.split_k == 1:
+        return te.compute(shape, lambda i, n: te.sum(term(axis, i, n), axis=axis), name="accumulate")
+    sums_of_parts = te.compute(
+        (expr.split_k, *shape),
+        lambda s, i, n: te.sum(term(s * chunks + axis, i, n), axis=axis),
+        name="accumulate",
+    )
+    parts = te.compute((expr.split_k, *shape), lambda s, i, n: sums_of_parts[s, i, n], name="part")
+    s = te.reduce_axis((0, expr.split_k), name="s")
+    return te.compute(shape, lambda i, n: te.sum(parts[s, i, n], axis=s), name="join")
 
 
 def _chunk_sum(expr: MatmulExpr, sums: _Sums, c: Expr, i: Expr, n: Expr) -> Expr:

@@ -10,7 +10,7 @@ from ..formats import DataFormat
 from ..layout import LANES, dots_unit
 from ..target import Target
 from .rule import Problem, Tiling, Unit, UnitRule
-from .tilings import decode_in_registers, decode_to_panel, four_blocks_first
+from .tilings import decode_in_registers, decode_to_panel, four_blocks_first, split_over_k
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -98,7 +98,8 @@ class DotRule(UnitRule):
         found = decode_in_registers(problem, num_sums, slices or 1)
         found += four_blocks_first(decode_to_panel(problem, num_sums, slices or 1, _PANEL_K))
         most = _SLICED_K if slices else 0
-        return [replace(t, dot=self.unit.dot, slices=slices, chunk_k=t.chunk_k or most) for t in found]
+        found = [replace(t, dot=self.unit.dot, slices=slices, chunk_k=t.chunk_k or most) for t in found]
+        return split_over_k(problem, found)
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..formats import DataFormat
 from .rule import Problem, Tiling, Unit, UnitRule
-from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel
+from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel, split_over_k
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -52,7 +52,8 @@ class FloatRule(UnitRule):
         """See `ScheduleRule`."""
         num_sums = self.unit.num_sums(problem.target)
         again, once = decode_in_registers(problem, num_sums), decode_to_panel(problem, num_sums)
-        return again + once if problem.m <= DECODE_AGAIN_ROWS or self._decodes_easily(problem) else once + again
+        easy = problem.m <= DECODE_AGAIN_ROWS or self._decodes_easily(problem)
+        return split_over_k(problem, again + once if easy else once + again)
 
     def _decodes_easily(self, problem: Problem) -> bool:
         """Whether a code takes so few instructions that decoding it for each tile of rows beats a panel."""

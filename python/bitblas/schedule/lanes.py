@@ -105,7 +105,7 @@ class _Nest:
         whole_tiles = config.N % self.tiling.block_n == 0
         if self.tiling.panel or self.chunk != config.group or not whole_tiles or not config.is_grouped:
             return 1
-        return math.gcd(config.num_groups, LANES)
+        return math.gcd(config.num_groups // self.tiling.split_k, LANES)
 
     def split_lanes(self, loop: LoopRV) -> tuple[LoopRV, LoopRV]:
         """A loop over a tile's columns -> unrolled blocks of sixteen, vectorized lanes."""
@@ -188,18 +188,39 @@ class _Nest:
         self.reductions.append((lanes, sch.get_loops(lanes)[-2]))
 
     def tiles(self) -> tuple[LoopRV, LoopRV]:
-        """Tile the output; returns the loops over tiles of columns and of rows."""
+        """Tile the output, or the parts of K that are summed to it; returns the loops over tiles of columns and of rows."""
         sch, tiling = self.sch, self.tiling
-        i, n = sch.get_loops(sch.get_sblock("epilogue"))
+        *parts, i, n = sch.get_loops(sch.get_sblock("part" if tiling.split_k > 1 else "epilogue"))
         tile, row = sch.split(i, [None, tiling.block_m])
         outer, block, lane = sch.split(n, [None, self.lane_blocks, LANES])
-        sch.reorder(outer, tile, row, block, lane)
+        sch.reorder(*parts, outer, tile, row, block, lane)
+        if parts:
+            outer = sch.fuse(*parts, outer)
+            self.join_parts()
         if tiling.parallel:
             sch.parallel(outer)
         sch.unroll(row)
         sch.unroll(block)
         sch.vectorize(lane)
+        if self.intrinsics.library:
+            sch.annotate(tile, "pragma_import_llvm", self.intrinsics.library)
         return outer, tile
+
+    def join_parts(self) -> None:
+        """Sum the parts of K while the output is written."""
+        sch = self.sch
+        row, n = sch.get_loops(sch.get_sblock("epilogue"))
+        outer, lanes = sch.split(n, [None, LANES])
+        sch.reorder(outer, row, lanes)
+        if self.tiling.parallel:
+            sch.parallel(outer)
+        sch.vectorize(lanes)
+        join = sch.get_sblock("join")
+        sch.compute_at(join, row, preserve_unit_loops=True)
+        lanes, part = sch.get_loops(join)[-2:]
+        sch.reorder(part, lanes)
+        sch.vectorize(lanes)
+        self.reductions.append((join, part))
 
     def accumulate(self, place: LoopRV) -> tuple[LoopRV, LoopRV, LoopRV | None]:
         """Place the sums of a tile.
@@ -230,9 +251,11 @@ class _Nest:
                 continue
             block = sch.get_sblock(name)
             late = name == "scale" and config.integer_accumulation
-            sch.compute_at(
-                block, sch.get_loops(sch.get_sblock("epilogue"))[-4] if late else place, preserve_unit_loops=True
-            )
+            if late and self.tiling.split_k > 1:  # each is used once
+                sch.compute_inline(block)
+                continue
+            tile = sch.get_loops(sch.get_sblock("epilogue"))[-4] if late else place
+            sch.compute_at(block, tile, preserve_unit_loops=True)
             group, n = sch.get_loops(block)[-2:]
             if self.groups_at_once == 1 or (name == "zero" and config.zeros_packed):
                 sch.vectorize(self.split_lanes(n)[1])
@@ -312,9 +335,6 @@ class _Nest:
 
     def finish(self) -> None:
         """Do what the steps above had to leave for the end."""
-        if self.intrinsics.library:
-            loop = self.sch.get_loops(self.sch.get_sblock("epilogue"))[1]
-            self.sch.annotate(loop, "pragma_import_llvm", self.intrinsics.library)
         for block, loop in self.reductions:
             self.sch.decompose_reduction(block, loop)
         for loop, intrinsic in self.to_tensorize:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..formats import DataFormat
 from .rule import Problem, Tiling, Unit, UnitRule
-from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel, four_blocks_first
+from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel, four_blocks_first, split_over_k
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -61,7 +61,7 @@ class PairRule(UnitRule):
         again = decode_in_registers(problem, num_sums, least_sums=_LEAST_SUMS)
         once = four_blocks_first(decode_to_panel(problem, num_sums, panel_k=_PANEL_K))
         found = again + once if problem.m <= DECODE_AGAIN_ROWS else once + again
-        return [replace(tiling, dot="bf16") for tiling in found]
+        return split_over_k(problem, [replace(tiling, dot="bf16") for tiling in found])
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""

@@ -58,6 +58,8 @@ class Tiling:
         two at a time, both bfloat16. All but the first read the layout "dots".
     slices : int
         Into how many int8 an activation of more bits is cut for a `dot`; 0 for int8 activations.
+    split_k : int
+        Parts of K that are summed by themselves, by different threads: a divisor of the number of chunks.
     """
 
     block_m: int
@@ -70,6 +72,7 @@ class Tiling:
     parallel: bool = True
     dot: str = ""
     slices: int = 0
+    split_k: int = 1
 
     def fields(self) -> dict[str, object]:
         """As JSON values."""
@@ -81,7 +84,7 @@ class Tiling:
         unit = layout.unit if self.dot else 1
         terms = EXACT_DOT_TERMS if self.dot else EXACT_INT8_TERMS if config.integer_products else group
         limit = min(self.chunk_k or group, terms)
-        found = unit * _largest_divisor(group // unit, max(1, limit // unit))
+        found = unit * largest_divisor(group // unit, max(1, limit // unit))
         if found >= min(_SHORTEST_CHUNK, group):
             return found
         if config.integer_products and group == config.K:  # a single group may end with a part of a chunk
@@ -90,7 +93,8 @@ class Tiling:
         return found if terms < group else group  # exactness comes before speed
 
 
-def _largest_divisor(value: int, limit: int) -> int:
+def largest_divisor(value: int, limit: int) -> int:
+    """The largest divisor of a number that is at most `limit`."""
     small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
     return max(d for d in (*small, *(value // d for d in small)) if d <= limit)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..layout import LANES
-from .rule import Problem, Tiling
+from .rule import Problem, Tiling, largest_divisor
 
 #: Rows × blocks of sixteen columns whose sums stay in registers.
 Shape = tuple[int, int]
@@ -30,6 +30,12 @@ PANEL_K = 128
 #: Rows of one launch, which bounds the float32 copy of their activations to 512 · K.
 SLAB_M = 512
 
+
+#: Tiles of columns that are enough for the threads of most machines, and multiply-accumulates that are worth a thread's while.
+ENOUGH_TILES, LEAST_TASK = 16, 1 << 18
+
+#: k that are summed at once where K is split.
+_SPLIT_K = 512
 
 #: Shapes whose sums fill three quarters of the registers, by how many blocks of sixteen sums those hold, the best first.
 _SHAPES: dict[int, tuple[Shape, ...]] = {
@@ -81,6 +87,22 @@ def decode_to_panel(problem: Problem, num_sums: int, per_row: int = 1, panel_k: 
         shapes.insert(0, (problem.m, max(1, min(6, _fitting(num_sums) // (problem.m * per_row)))))
     shapes.sort(key=lambda shape: _padded_work(problem, *shape))
     return _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=panel_k, panel=True)))
+
+
+def split_over_k(problem: Problem, tilings: list[Tiling]) -> list[Tiling]:
+    """The tilings, each with K in parts where the columns alone are too few for many threads."""
+    return [_split(problem, tiling) for tiling in tilings]
+
+
+def _split(problem: Problem, tiling: Tiling) -> Tiling:
+    tiles = -(-problem.config.N // tiling.block_n)
+    wanted = min(-(-ENOUGH_TILES // tiles), problem.work // (tiles * LEAST_TASK))
+    if wanted < 2 or not tiling.parallel:
+        return tiling
+    if not tiling.chunk_k:
+        tiling = replace(tiling, chunk_k=_SPLIT_K)
+    chunks = -(-problem.config.K // tiling.chunk(problem.config, problem.layout))
+    return replace(tiling, split_k=largest_divisor(chunks, wanted))
 
 
 def four_blocks_first(tilings: list[Tiling]) -> list[Tiling]:
