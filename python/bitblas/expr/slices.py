@@ -66,7 +66,8 @@ def digit(value: Expr, bits: Expr, index: Expr, slices: int) -> Expr:
     scaled = value * _power_of_two(254 + (8 * slices - 2) - _power(bits, slices))
     bias = sum(_HALF << (8 * place) for place in range(slices))
     bias -= (bias >> 31) << 32  # it wraps around, as the sum does
-    whole = tirx.nearbyint(scaled).astype("int32") + _int32(bias)
+    # TVM does not vectorize its own nearbyint
+    whole = tirx.call_llvm_pure_intrin("float32", "llvm.nearbyint", scaled).astype("int32") + _int32(bias)
     byte = tirx.bitwise_and(tirx.shift_right(whole, index * 8), _int32(255))
     return (byte - _HALF).astype("int8")
 

@@ -667,14 +667,14 @@ def test_nan_and_infinity_stay_in_their_row(build, a_dtype, N):
 def test_results_round_to_nearest_even_and_overflow_to_infinity(build):
     """1 + 2^-11 lies half way between two numbers of float16, as does 1 + 3·2^-11; 65520 rounds to infinity.
 
-    (65520 - 2^-7 is the number below that slices, of 24 bits, hold exactly.)
+    (65520 - 2^-6 is the number below that slices, of 24 bits, hold exactly.)
     """
     for out_dtype, half in (("float16", 2.0**-11), ("bfloat16", 2.0**-8)):
         op = build(config(16, 8, A_dtype="float32", W_dtype="int8", out_dtype=out_dtype))
         A = torch.zeros(4, 8)
         A[:, 0] = 1.0
         A[:, 1] = torch.tensor([1.0, 3.0, -1.0, 1.5]) * half
-        A = torch.cat([A, torch.tensor([[65520 - 2.0**-7], [65520.0], [-65520.0], [1e38]]) * torch.eye(8)[0]])
+        A = torch.cat([A, torch.tensor([[65520 - 2.0**-6], [65520.0], [-65520.0], [1e38]]) * torch.eye(8)[0]])
         problem = reference.Problem(op.config, A, torch.ones((16, 8), dtype=torch.int64))
         reference.assert_exact(op(A, weigh(op, problem)), problem)
 
