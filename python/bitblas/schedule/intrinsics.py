@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as B
 
 from ..expr.decode import decode
 from ..expr.matmul import join_bytes
-from ..expr.pairs import PAIR, decode_pair, half
+from ..expr.pairs import PAIR, decode_pair, half, join_pair
 from ..expr.quads import quad_byte
 from ..formats import parse_format
 from ..layout import LANES, QUAD
@@ -330,8 +330,14 @@ def _register(name: str, meaning: tirx.PrimFunc, implementation: tirx.PrimFunc) 
     return name
 
 
-#: TVM takes every bfloat16 of an expression for a float32, so that the instruction is reached through functions over int32.
+#: TVM takes every bfloat16 of an expression for a float32, so that instructions are reached through functions over int32.
 BF16_LIBRARY = """
+define linkonce_odr hidden <16 x i32> @bitblas_pair_bf16(ptr %a) alwaysinline {
+  %v = load <32 x i16>, ptr %a, align 2
+  %p = shufflevector <32 x i16> %v, <32 x i16> poison, <32 x i32> <ORDER>
+  %r = bitcast <32 x i16> %p to <16 x i32>
+  ret <16 x i32> %r
+}
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 define linkonce_odr hidden <16 x float> @bitblas_dpbf16ps(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {
   %x = bitcast <16 x i32> %a to <32 x bfloat>
@@ -339,7 +345,41 @@ define linkonce_odr hidden <16 x float> @bitblas_dpbf16ps(<16 x float> %c, <16 x
   %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
   ret <16 x float> %r
 }
-"""
+""".replace("ORDER", ", ".join(f"i32 {i // 4 * 4 + i % 2 * 2 + i % 4 // 2}" for i in range(2 * LANES)))
+
+
+@cache
+def pair_activations() -> str:
+    """Thirty-two bfloat16 side by side -> sixteen words, of elements k and k + 2."""
+
+    def pair_of(A: tirx.Buffer, p: Expr) -> Expr:
+        k = p // PAIR * QUAD + p % PAIR
+        return join_pair(A[k].astype("float32"), A[k + PAIR].astype("float32"))
+
+    @T.prim_func(s_tir=True)
+    def meaning(a: T.handle, d: T.handle) -> None:
+        A = T.match_buffer(a, (LANES * PAIR,), "bfloat16", offset_factor=1)
+        D = T.match_buffer(d, (LANES,), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0 : LANES * PAIR])
+            T.writes(D[0:LANES])
+            for i in T.serial(0, LANES):
+                with T.sblock("activation"):
+                    p = T.axis.remap("S", [i])
+                    D[p] = pair_of(A, p)
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, d: T.handle) -> None:
+        A = T.match_buffer(a, (LANES * PAIR,), "bfloat16", offset_factor=1)
+        D = T.match_buffer(d, (LANES,), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0 : LANES * PAIR])
+            T.writes(D[0:LANES])
+            D[T.ramp(T.int32(0), 1, LANES)] = T.call_pure_extern(
+                "bitblas_pair_bf16", T.address_of(A[0]), dtype="int32x16"
+            )
+
+    return _register("bitblas.pair_activations", meaning, implementation)
 
 
 @cache

@@ -24,6 +24,8 @@ class Intrinsics:
 
     Attributes
     ----------
+    activation : str or None
+        Turns sixteen words of A into those of its copy; None leaves that to arithmetic.
     decode : str or None
         Turns sixteen codes into values; None leaves that to arithmetic.
     dot : callable or None
@@ -35,6 +37,7 @@ class Intrinsics:
     """
 
     decode: str | None = None
+    activation: str | None = None
     dot: Callable[[int], str] | None = None
     depth: int = 1
     library: str = ""
@@ -124,7 +127,7 @@ class _Nest:
         else:
             row, k = sch.get_loops(block)
             self.align_rows(block)
-            self.vectorize_k(k)
+            self.convert(row, k)
             if self.many_rows:
                 sch.parallel(row)
         if not needs_row_sum(self.config, self.tiling.dot):
@@ -148,6 +151,15 @@ class _Nest:
         sch.unroll(index)  # so that what the digits of an activation share is found once
         if self.many_rows:
             sch.parallel(row)
+
+    def convert(self, row: LoopRV, k: LoopRV) -> None:
+        """Write a copy of A a vector at a time."""
+        sch = self.sch
+        if self.intrinsics.activation is None or self.config.K % (LANES * self.step):
+            self.vectorize_k(k)
+            return
+        sch.annotate(row, "pragma_import_llvm", self.intrinsics.library)
+        sch.tensorize(sch.split(k, [None, LANES])[1], self.intrinsics.activation)
 
     @property
     def many_rows(self) -> bool:

@@ -65,11 +65,10 @@ class PairRule(UnitRule):
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""
-        from .intrinsics import BF16_LIBRARY, dot_pairs, look_up_pairs
+        from .intrinsics import BF16_LIBRARY, dot_pairs, look_up_pairs, pair_activations
         from .lanes import Intrinsics, schedule_lanes
 
         fmt = problem.config.format
         decode = look_up_pairs(fmt.name) if self.unit.looks_up(fmt) else None
-        return schedule_lanes(
-            func, problem, tiling, Intrinsics(decode, lambda depth: dot_pairs(), library=BF16_LIBRARY)
-        )
+        intrinsics = Intrinsics(decode, pair_activations(), lambda depth: dot_pairs(), library=BF16_LIBRARY)
+        return schedule_lanes(func, problem, tiling, intrinsics)
