@@ -117,9 +117,7 @@ class _Nest:
             sch.compute_inline(block)
         else:
             row, k = sch.get_loops(block)
-            # an odd number of cache lines a row: rows that are a power of two apart would share the sets of a cache
-            line = LINE_BYTES // (1 if self.tiling.dot else 4)
-            sch.storage_align(block, 0, axis=0, factor=2 * line, offset=line)
+            line = self.skew_rows(block)
             width = math.gcd(-(-self.config.K // self.chunk) * self.chunk, line)
             if width > 1:
                 sch.vectorize(sch.split(k, [None, width])[1])
@@ -128,15 +126,28 @@ class _Nest:
         if not needs_row_sum(self.config, self.tiling.dot):
             return
         if self.chunk % LANES == 0:
-            lanes = sch.get_sblock("row_sum_lanes")
-            row, _, lane, j = sch.get_loops(lanes)
-            sch.reorder(j, lane)
-            sch.vectorize(lane)
-            chunk = sch.get_loops(sch.get_sblock("row_sum"))[1]
-            sch.compute_at(lanes, chunk, preserve_unit_loops=True)
-            self.reductions.append((lanes, sch.get_loops(lanes)[-2]))
+            self.lanes_first("row_sum")
         if many:
             sch.parallel(sch.get_loops(sch.get_sblock("row_sum"))[0])
+
+    def skew_rows(self, block: SBlockRV) -> int:
+        """Set rows an odd number of cache lines apart: a power of two apart they would share the sets of a cache.
+
+        Returns how many elements a line holds.
+        """
+        line = LINE_BYTES // (1 if self.tiling.dot else 4)
+        self.sch.storage_align(block, 0, axis=0, factor=2 * line, offset=line)
+        return line
+
+    def lanes_first(self, name: str) -> None:
+        """Reduce to sixteen lanes where they are reduced to one number: beside each group, or chunk, of a row."""
+        sch = self.sch
+        lanes = sch.get_sblock(f"{name}_lanes")
+        sch.compute_at(lanes, sch.get_loops(sch.get_sblock(name))[-2], preserve_unit_loops=True)
+        *_, lane, j = sch.get_loops(lanes)
+        sch.reorder(j, lane)
+        sch.vectorize(lane)
+        self.reductions.append((lanes, j))
 
     def tiles(self) -> tuple[LoopRV, LoopRV]:
         """Tile the output; returns the loops over tiles of columns and of rows."""
