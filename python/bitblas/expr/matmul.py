@@ -13,6 +13,7 @@ from ..formats import parse_format
 from ..layout import LANES, QUAD, UNIT, PackedLayout
 from .decode import decode
 from .quads import needs_row_sum, offset, quad, quad_byte
+from .quantize import Quantizer, quantizer
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class MatmulExpr:
         decode[q, n]        = the codes of (n, 4 q .. 4 q + 3), plus `quads.offset`, in the bytes of an int32
         matmul[c, i, n]     = Σ_q in c Σ_j  activation[i, 4 q + j] · byte j of decode[q, n]
                               (and accumulate subtracts row_sum[i, c] · offset)
+
+    Where A is quantized on the fly, `activation` holds the whole numbers of `quantize.Quantizer`, and their scale multiplies a
+    group's sum in accumulate, or, for the whole row, the sum of all in epilogue.
 
     Attributes
     ----------
@@ -93,7 +97,8 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     arguments = [A, W]
 
-    activation = _activation(expr, A, rows)
+    quantized = quantizer(cfg, A, rows) if cfg.activation_groups else None
+    activation = _activation(expr, A, rows, quantized)
     partial = _dots(expr, W, activation, rows) if expr.dot else _products(expr, W, activation, rows)
     scale = _scale(expr, arguments) if cfg.with_scaling else None
     zero = _zero(expr, arguments) if cfg.with_zeros else None
@@ -101,13 +106,20 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     bias = te.placeholder((cfg.N,), cfg.bias_dtype, name="bias") if cfg.with_bias else None
     if bias is not None:
         arguments.append(bias)
-    accumulated = _accumulate(expr, rows, partial, row_sum, scale, zero)
+    # what scales a whole row waits for the sum of all chunks; so does a column's scale where that sum is one of integers
+    row_scale = quantized.scale if quantized is not None and cfg.activation_groups == 1 else None
+    group_scale = quantized.scale if quantized is not None and cfg.activation_groups > 1 else None
+    column_scale, scale = (scale, None) if cfg.integer_accumulation else (None, scale)
+    accumulated = _accumulate(expr, rows, partial, _Terms(row_sum, scale, zero, group_scale))
 
     def epilogue(i: Expr, n: Expr) -> Expr:
         value, dtype = accumulated[i, n], cfg.sum_dtype
-        if cfg.integer_accumulation and scale is not None:
+        factor = None if column_scale is None else column_scale[0, n].astype(cfg.scaling_dtype)
+        if row_scale is not None:
+            factor = _times(factor, row_scale[i, 0])
+        if factor is not None:
             dtype = cfg.scaling_dtype
-            value = value.astype(dtype) * scale[0, n].astype(dtype)
+            value = value.astype(dtype) * factor
         if bias is not None:
             if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
                 dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
@@ -119,13 +131,19 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     return func.with_attr({"global_symbol": name})
 
 
-def _activation(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> te.Tensor:
+def _times(factor: Expr | None, other: Expr) -> Expr:
+    return other if factor is None else factor * other
+
+
+def _activation(expr: MatmulExpr, A: te.Tensor, rows: Expr, quantized: Quantizer | None) -> te.Tensor:
     """Block activation: float32, or int8 for dot products; rows beyond M repeat the last, k beyond K are 0."""
     cfg, dtype = expr.config, "int8" if expr.dot else "float32"
     fmt = parse_format(cfg.A_dtype)
 
     def value(i: Expr, k: Expr) -> Expr:
         element = A[te.min(i, A.shape[0] - 1), k]
+        if quantized is not None:
+            return quantized.quantize(element.astype("float32"), i, k).astype(dtype)
         return decode(fmt, element.astype("int32")) if fmt.kind == "float8" else element.astype(dtype)
 
     def padded(i: Expr, k: Expr) -> Expr:
@@ -296,16 +314,20 @@ def _row_sum(expr: MatmulExpr, activation: te.Tensor, rows: Expr) -> te.Tensor:
     return te.compute((rows, chunks), lambda i, c: te.sum(lanes[i, c, lane], axis=lane), name="row_sum")
 
 
-def _accumulate(
-    expr: MatmulExpr,
-    rows: Expr,
-    partial: te.Tensor,
-    row_sum: te.Tensor | None,
-    scale: te.Tensor | None,
-    zero: te.Tensor | None,
-) -> te.Tensor:
-    """Sum the chunks of the reduction, each with the zero point and the scale of its group."""
-    cfg = expr.config
+@dataclass(frozen=True)
+class _Terms:
+    """What a chunk's sum is corrected and scaled with, where it is: (rows, chunks) sums of activations, (groups, padded N)
+    scales and zero points, (rows, groups) scales of the activations."""
+
+    row_sum: te.Tensor | None
+    scale: te.Tensor | None
+    zero: te.Tensor | None
+    activation_scale: te.Tensor | None
+
+
+def _accumulate(expr: MatmulExpr, rows: Expr, partial: te.Tensor, terms: _Terms) -> te.Tensor:
+    """Sum the chunks of the reduction, each with the zero point and the scales of its group."""
+    cfg, row_sum, zero = expr.config, terms.row_sum, terms.zero
     groups = cfg.num_groups if cfg.is_grouped else 1
     chunks_per_group = expr.padded_k // groups // expr.chunk
     c = te.reduce_axis((0, expr.padded_k // expr.chunk), name="c")
@@ -318,16 +340,20 @@ def _accumulate(
         if added and row_sum is not None:
             value = value - row_sum[i, c] * added
         value = value.astype(dtype)
-        if zero is None or row_sum is None:
-            return value if scale is None or cfg.integer_accumulation else value * scale[g, n].astype(dtype)
-        if cfg.integer_accumulation:  # a chunk's product fits into the dtype that its sum has
-            return value - (row_sum[i, c] * zero[g, n].astype("int32" if expr.dot else "float32")).astype(dtype)
-        shift = row_sum[i, c].astype(dtype) * zero[g, n].astype(dtype)
-        if scale is None:
-            return value - shift
-        if cfg.zeros_mode == "rescale":
-            return value * scale[g, n].astype(dtype) - shift
-        return (value - shift) * scale[g, n].astype(dtype)
+        scale = terms.scale[g, n].astype(dtype) if terms.scale is not None else None
+        shift = None
+        if zero is not None and row_sum is not None:
+            if cfg.integer_accumulation:  # a chunk's product fits into the dtype that its sum has
+                shift = (row_sum[i, c] * zero[g, n].astype("int32" if expr.dot else "float32")).astype(dtype)
+            else:
+                shift = row_sum[i, c].astype(dtype) * zero[g, n].astype(dtype)
+        if shift is not None and scale is not None and cfg.zeros_mode == "rescale":
+            value, scale = value * scale - shift, None
+        elif shift is not None:
+            value = value - shift
+        if terms.activation_scale is not None:
+            scale = _times(scale, terms.activation_scale[i, g])
+        return value if scale is None else value * scale
 
     return te.compute((rows, expr.padded_n), lambda i, n: te.sum(term(i, n), axis=c), name="accumulate")
 

@@ -113,6 +113,9 @@ class _Nest:
         """Convert activations once, and sum them where zero points ask for it."""
         sch, many = self.sch, self.problem.m > self.tiling.block_m and self.tiling.parallel
         block = sch.get_sblock("activation")
+        if self.config.activation_groups:
+            self.quantized_activations(block, many)
+            return
         if self.config.A_dtype == "float32" and not self.tiling.panel:
             sch.compute_inline(block)
         else:
@@ -129,6 +132,29 @@ class _Nest:
             self.lanes_first("row_sum")
         if many:
             sch.parallel(sch.get_loops(sch.get_sblock("row_sum"))[0])
+
+    def quantized_activations(self, block: SBlockRV, many: bool) -> None:
+        """All that is done with a row of A, while it is in a cache: its largest magnitudes, its quantization, its sums."""
+        sch, groups = self.sch, self.config.activation_groups
+        row = sch.get_loops(sch.get_sblock("absmax"))[0]
+        sums = ["row_sum"] if needs_row_sum(self.config, self.tiling.dot) else []
+        if self.config.K // groups % LANES == 0:
+            self.lanes_first("absmax")
+        if sums and self.chunk % LANES == 0:
+            sums.insert(0, "row_sum_lanes")
+        for name in ("activation_scale", "inverse", "activation", *sums):
+            sch.reverse_compute_at(sch.get_sblock(name), row, preserve_unit_loops=True)
+        if "row_sum_lanes" in sums:
+            self.lanes_first("row_sum")
+        self.skew_rows(block)
+        k = sch.get_loops(block)[-1]
+        size = -(-self.config.K // self.chunk) * self.chunk // groups
+        width = math.gcd(size, LANES)
+        _, k, lanes = sch.split(k, [groups, None, width])
+        if width > 1:
+            sch.vectorize(lanes)
+        if many:
+            sch.parallel(row)
 
     def skew_rows(self, block: SBlockRV) -> int:
         """Set rows an odd number of cache lines apart: a power of two apart they would share the sets of a cache.
