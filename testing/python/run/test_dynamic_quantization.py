@@ -1,5 +1,6 @@
 """Float activations that are quantized to int8 on the fly: the numbers that are documented, on every instruction set."""
 
+import importlib.util
 import itertools
 import math
 import pickle
@@ -11,11 +12,13 @@ import torch
 import bitblas
 import reference
 from bitblas import MatmulConfig
+from bitblas.bench.workload import draw_workload
 from bitblas.cache import OperatorCache
 from bitblas.config import LAYOUTS
 from bitblas.formats import FORMATS
 from bitblas.ops import MatmulConfigWithSplitK, MatmulWithSplitK
 from bitblas.target import host_features, resolve_target
+from documents import ROOT, cells, rows_between
 
 #: This CPU, and less of it: instructions for bytes, others for bytes that saturate, and none.
 TARGETS = [
@@ -189,6 +192,34 @@ def test_one_group_is_a_row(build, how):
     row = build(config(how="row", with_scaling=True))
     assert all(op.plan.kernels == row.plan.kernels for op in one)
     assert one[0].artifact.key == row.artifact.key
+
+
+@pytest.mark.parametrize("how", ["row", "group"])
+def test_the_benchmark_knows_what_is_computed(build, how):
+    """Its check takes these results, and no exact ones; its expectation is the exact result."""
+    op, exact = (build(config(how=how, group_size=32, with_scaling=True)) for how in (how, None))
+    work = draw_workload(op.config, 5)
+    outs = [each(work.a, each.transform_weight(work.weight), **work.extras) for each in (op, exact)]
+    assert work.check(outs[0]).right
+    assert not work.check(outs[1]).right
+    assert replace(work, config=exact.config).check(outs[1]).right
+    assert torch.equal(replace(work, config=exact.config).expected, work.expected)
+    assert work.check_within(outs[0], 0.05).right
+    assert not work.check_within(outs[0], 1e-4).right
+
+
+def test_the_documented_errors():
+    """Fewer rows and columns show the same errors: they depend on K and the activations, and hardly on the weights."""
+    spec = importlib.util.spec_from_file_location("quantization_error", ROOT / "benchmark" / "quantization_error.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    lines = [cells(line) for line in rows_between(ROOT / "docs" / "PythonAPI.md", "quantization")]
+    found = list(script.errors(32, 128, 4096))
+    assert [line[:2] for line in lines] == [[weights, activations] for weights, activations, _ in found]
+    for line, (weights, activations, errors) in zip(lines, found, strict=True):
+        documented = [float(cell.removesuffix(" %")) / 100 for cell in line[2:]]
+        assert documented == pytest.approx(errors, rel=0.25), (weights, activations)
+        assert documented == sorted(documented, reverse=True)
 
 
 # -- rows that are not like others -----------------------------------------------------------------------------------------
