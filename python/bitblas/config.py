@@ -19,9 +19,12 @@ ZEROS_MODES = ("original", "rescale", "quantized")
 LAYOUTS = ("nt", "nn", "tn", "tt")
 #: Dtypes of scale and zeros where A has at most 8 bits; else they have A's dtype.
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
+#: What shares a scale where float activations are quantized on the fly.
+DYNAMIC_QUANTIZATIONS = ("row", "group")
 
 _INTEGER_DTYPES = ("int32", "int8")
 _INTEGER_ACTIVATIONS = ("int8", "int4")
+_FLOAT_ACTIVATIONS = ("float16", "bfloat16", "float32")
 
 
 def check_dtype_name(argument: str, value: object, allowed: Sequence[str]) -> str:
@@ -95,6 +98,11 @@ class MatmulConfig:
         Hints of the original BitBLAS: accepted, without effect on results.
     bias : bool, optional
         Another name of `with_bias`.
+    dynamic_quantization : str, optional
+        Whether activations in float16, bfloat16 or float32 are rounded to int8 on the fly, and multiplied with an integer
+        format as integers: ``"row"``, with one scale for each row of A; ``"group"``, with one for each row and group of k. By
+        keyword only. It changes results: each activation a becomes q·s in float32, s = max(max |a|, 2^-119) / 127 over the
+        row or group, q = a · (127 / max(max |a|, 2^-119)) to nearest, ties to even. A row with an infinity or a NaN gives NaN.
 
     Raises
     ------
@@ -121,11 +129,13 @@ class MatmulConfig:
     propagate_b: object = field(default=None, compare=False)
     optimize_stratety: object = field(default=None, compare=False)
     bias: InitVar[bool | None] = None
+    dynamic_quantization: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self, bias: bool | None) -> None:
         self._normalize(bias)
         self._check_dtypes()
         self._check_quantization()
+        self._check_dynamic_quantization()
 
     def _normalize(self, bias: bool | None) -> None:
         a_dtype = check_dtype_name("A_dtype", self.A_dtype, A_DTYPES)
@@ -155,12 +165,13 @@ class MatmulConfig:
         return with_bias or _flag("bias", bias)
 
     def _check_dtypes(self) -> None:
-        if self.out_dtype in _INTEGER_DTYPES and not self.integer_products:
+        integers = self.A_dtype in _INTEGER_ACTIVATIONS and self.format.is_integer
+        if self.out_dtype in _INTEGER_DTYPES and not integers:
             raise ConfigError(
                 f"out_dtype {self.out_dtype} needs A_dtype int8 or int4 and an integer W_dtype, "
                 f"not {self.A_dtype} and {self.W_dtype}"
             )
-        if self.accum_dtype == "int32" and not self.integer_products:
+        if self.accum_dtype == "int32" and not integers:
             raise ConfigError(
                 f"accum_dtype int32 needs A_dtype int8 or int4 and an integer W_dtype, not {self.A_dtype} and {self.W_dtype}"
             )
@@ -178,6 +189,30 @@ class MatmulConfig:
             raise ConfigError(f"with_zeros: the format {self.W_dtype} has no zero points; only uint and int formats do")
         if self.zeros_mode == "quantized" and self.format.kind != "uint":
             raise ConfigError(f"zeros_mode 'quantized' needs an unsigned W_dtype, not {self.W_dtype}")
+
+    def _check_dynamic_quantization(self) -> None:
+        value = self.dynamic_quantization
+        if value is None:
+            return
+        if value not in DYNAMIC_QUANTIZATIONS:
+            raise ConfigError(
+                f"dynamic_quantization is {value!r}; allowed: None, {', '.join(map(repr, DYNAMIC_QUANTIZATIONS))}"
+            )
+        if self.A_dtype not in _FLOAT_ACTIVATIONS:
+            raise ConfigError(
+                f"dynamic_quantization {value!r} needs A_dtype {', '.join(_FLOAT_ACTIVATIONS[:2])} or {_FLOAT_ACTIVATIONS[2]}, "
+                f"not {self.A_dtype}, which has at most 8 bits already"
+            )
+        if not self.format.is_integer:
+            raise ConfigError(
+                f"dynamic_quantization {value!r} needs a W_dtype of integers, uint1 to uint8 or int1 to int8, not "
+                f"{self.W_dtype}, whose products with int8 are none"
+            )
+        if value == "group" and self.group == 1 and self.K > 1:
+            raise ConfigError(
+                "dynamic_quantization 'group' needs a group_size of at least 2, or -1: alone in its group, each activation "
+                "would bring a scale of its own"
+            )
 
     # -- derived facts ---------------------------------------------------------------------------------------------------
 
@@ -209,20 +244,32 @@ class MatmulConfig:
     @property
     def is_grouped(self) -> bool:
         """Whether there is anything for a group to share."""
-        return self.with_scaling or self.with_zeros
+        return self.with_scaling or self.with_zeros or self.activation_groups > 1
+
+    @property
+    def activation_groups(self) -> int:
+        """Number of scales that each row of A is quantized with; 0 where it is not quantized."""
+        if self.dynamic_quantization is None:
+            return 0
+        return self.num_groups if self.dynamic_quantization == "group" else 1
 
     @property
     def kernel(self) -> MatmulConfig:
         """The config of the kernels that serve this one: what differs at the door only is the same here.
 
-        Kernels take A row by row, and the values of an int4 A in int8.
+        Kernels take A row by row, and the values of an int4 A in int8; a group that is the whole row is a row.
         """
         values = {f.name: getattr(self, f.name) for f in fields(MatmulConfig)}
-        return MatmulConfig(**{**values, "layout": "nt", "A_dtype": "int8" if self.A_dtype == "int4" else self.A_dtype})
+        values["layout"] = "nt"
+        values["A_dtype"] = "int8" if self.A_dtype == "int4" else self.A_dtype
+        values["dynamic_quantization"] = "row" if self.activation_groups == 1 else self.dynamic_quantization
+        return MatmulConfig(**values)
 
     @property
     def integer_products(self) -> bool:
-        """Whether every product of an activation and a weight is an integer."""
+        """Whether every product of an activation, perhaps quantized on the fly, and a weight is an integer."""
+        if self.dynamic_quantization is not None:
+            return True
         return self.A_dtype in _INTEGER_ACTIVATIONS and self.format.is_integer
 
     @property
@@ -233,7 +280,7 @@ class MatmulConfig:
     @property
     def integer_accumulation(self) -> bool:
         """Whether products are summed as integers over all of K: with no float operand inside the sum."""
-        if not self.integer_products:
+        if not self.integer_products or self.activation_groups > 1:
             return False
         return (not self.with_scaling or self.num_groups == 1) and (not self.with_zeros or self.zeros_packed)
 
@@ -277,10 +324,14 @@ class MatmulConfig:
         return self.A_dtype if self.A_dtype == self.out_dtype else "float32"
 
     def fields(self) -> dict[str, object]:
-        """All that shapes the result, as JSON values: what an artifact's key is made of."""
+        """All that shapes the result, as JSON values: what an artifact's key is made of.
+
+        An option that is None is left out, so that a new one leaves the keys of those who do not use it alone.
+        """
         return {
             f.name: list(v) if isinstance(v, tuple) else v
             for f in fields(self)
             if f.compare
             for v in (getattr(self, f.name),)
+            if v is not None
         }

@@ -77,6 +77,7 @@ class MatmulPlan:
         details += [f"groups of {config.group}"] if config.is_grouped and config.num_groups > 1 else []
         details += [f"{config.zeros_mode} zeros"] if config.with_zeros else []
         details += ["bias"] if config.with_bias else []
+        details += [f"activations quantized by {config.dynamic_quantization}"] if config.dynamic_quantization else []
         return (
             f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, {', '.join(details)} for buckets {buckets} on "
             f"{self.target.isa}"

@@ -132,6 +132,24 @@ def pairs(A: torch.Tensor) -> torch.Tensor:
     return torch.where(joined > 127, joined - 256, joined).to(torch.int8)
 
 
+def dynamic(cfg: object) -> str | None:
+    """How float activations are quantized on the fly: "row", "group", or None; other configs know nothing of it."""
+    return getattr(cfg, "dynamic_quantization", None)
+
+
+def quantize(A: torch.Tensor, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 whole numbers (m, groups, K / groups) for float activations (m, K), and their float32 scales (m, groups, 1).
+
+    As documented: in float32, rounded to nearest even; a group with an infinity or a NaN has NaN for a scale.
+    """
+    a = A.to(torch.float32).numpy().reshape(A.shape[0], groups, A.shape[1] // groups)
+    size = np.abs(a).max(axis=2, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        bounded = np.where(np.isnan(size), size, np.maximum(size, np.float32(2.0**-119)))
+        whole = np.rint(a * (np.float32(127) / bounded))
+        return whole, np.where(np.isfinite(size), bounded / np.float32(127), np.float32(np.nan))
+
+
 # -- bit streams -----------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +206,15 @@ class Problem:
         return as_weights(self.codes, self.config.W_dtype)
 
     @property
+    def activations(self) -> torch.Tensor:
+        """The float64 (m, K) values that are multiplied: A, or what is left of it where it is quantized on the fly."""
+        if dynamic(self.config) is None:
+            return self.A.to(torch.float64)
+        groups = _groups(self.config) if dynamic(self.config) == "group" else 1
+        whole, scale = quantize(self.A, groups)
+        return torch.from_numpy((whole.astype(np.float64) * scale.astype(np.float64)).reshape(self.A.shape))
+
+    @property
     def extras(self) -> dict[str, torch.Tensor]:
         """The operands beside A and W, by name."""
         rows = {"scale": self.scale, "zeros": self.zeros, "bias": self.bias}
@@ -214,11 +241,11 @@ class Problem:
         """S of the bound: (m, N)."""
         q, s, z = (part.abs() for part in self.parts())
         dense = q * s + z if self.config.zeros_mode == "rescale" else (q + z) * s
-        return self.A.to(torch.float64).abs() @ dense.T
+        return self.activations.abs() @ dense.T
 
     def output(self) -> torch.Tensor:
         """The float64 (m, N) result, before it is rounded to out_dtype."""
-        out = self.A.to(torch.float64) @ self.dense().T
+        out = self.activations @ self.dense().T
         return out if self.bias is None else out + self.bias.to(torch.float64)
 
     @property
@@ -257,6 +284,8 @@ def _draw_activations(cfg: object, m: int, exact: bool, generator: torch.Generat
     shape = (m, cfg.K)
     if exact:  # no zeros, so that no flipped code hides
         sign = 2 * _randint(0, 1, shape, generator) - 1
+        if dynamic(cfg) is not None:
+            return (sign * _draw_whole(cfg, shape, generator) / 8).to(held(cfg.A_dtype))
         return (sign * _randint(1, 3, shape, generator)).to(held(cfg.A_dtype))
     if cfg.A_dtype not in _INTEGER_A:
         return torch.randn(shape, generator=generator).to(held(cfg.A_dtype))
@@ -266,6 +295,14 @@ def _draw_activations(cfg: object, m: int, exact: bool, generator: torch.Generat
         largest = max(1.0, _largest(cfg.W_dtype))
         top = int(min(top, max(1, limit / (2 * largest * math.sqrt(cfg.K)))))
     return _randint(-top - (top in (7, 127)), top, shape, generator).to(torch.int8)
+
+
+def _draw_whole(cfg: object, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """What int8 quantizes exactly: 1 to 3, and in each row or group, somewhere, 127."""
+    groups = _groups(cfg) if dynamic(cfg) == "group" else 1
+    found = _randint(1, 3, (shape[0], groups, shape[1] // groups), generator)
+    place = _randint(0, found.shape[2] - 1, (*found.shape[:2], 1), generator)
+    return found.scatter(2, place, 127).reshape(shape)
 
 
 def _largest(fmt: str) -> float:
@@ -329,7 +366,8 @@ def draw(
     ----------
     exact : bool
         Small integer activations, power-of-two scales, zeros and weights that are multiples of 1/4: float32 holds every
-        partial sum, in any order, so that a result is bit-equal to the reference's.
+        partial sum, in any order, so that a result is bit-equal to the reference's. Activations that are quantized on the fly
+        are eighths of integers, in each row or group 127 among them, so that nothing is lost.
     scale_dtype, bias_dtype : torch.dtype, optional
         By default A's dtype and out_dtype, and float32 for the scale beside an A of at most 8 bits.
     """
@@ -374,13 +412,16 @@ def bound(problem: Problem) -> torch.Tensor:
 
     2·√K·u(accum)·S + u(out)·|ref|, and half a subnormal number of out_dtype, where u stops being relative. Decoding is done in
     float32, which is why its term is absent. Integer operands are accumulated exactly, and an int8 A beside floats in float32,
-    or in float64 where int32 is asked for; that reaches 16 bits by way of float32.
+    or in float64 where int32 is asked for; that reaches 16 bits by way of float32. An A that is quantized on the fly is as
+    one of int8, and its scale costs two roundings more.
     """
     cfg = problem.config
     exact = cfg.accum_dtype == "int32" or cfg.out_dtype in _INTEGERS
     accum = ("float64" if exact else "float32") if cfg.A_dtype in _INTEGER_A and integers(cfg) else cfg.accum_dtype
+    if dynamic(cfg) is not None:
+        accum = "float32"
     u = 0.0 if problem.is_integer else ROUNDOFF[accum]
-    allowed = 2 * math.sqrt(cfg.K) * u * problem.magnitude()
+    allowed = (2 * math.sqrt(cfg.K) + (2 if dynamic(cfg) else 0)) * u * problem.magnitude()
     if cfg.out_dtype in _INTEGERS:
         return allowed + 0.5 if not problem.is_integer else allowed
     rounding = ROUNDOFF[cfg.out_dtype] + (ROUNDOFF["float32"] if accum == "float64" else 0.0)

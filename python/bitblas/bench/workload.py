@@ -87,11 +87,29 @@ class Workload:
         return out
 
     @cached_property
-    def expected(self) -> torch.Tensor:
-        """The float64 (m, N) result."""
-        a = self.a.to(torch.float64)
+    def quantized(self) -> torch.Tensor:
+        """float64 (m, K): what is left of A where the config quantizes it on the fly, else A; as the config documents it."""
+        if self.config.dynamic_quantization is None:
+            return self.a.to(torch.float64)
+        a = self.a.to(torch.float32).unflatten(1, (self.config.activation_groups, -1))
+        largest = a.abs().amax(dim=2, keepdim=True).clamp(min=2.0**-119)
+        most = torch.tensor(127.0)  # a number in its place would be multiplied with a reciprocal
+        whole, scale = (a * (most / largest)).round(), largest / most  # ties to even
+        return (whole.to(torch.float64) * scale.to(torch.float64)).flatten(1)
+
+    def _product(self, a: torch.Tensor) -> torch.Tensor:
         out = torch.cat([a @ block.T for _, block in self._blocks()], dim=1)
         return out if self.bias is None else out + self.bias.to(torch.float64)
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        """The float64 (m, N) result of the exact activations."""
+        return self._product(self.a.to(torch.float64))
+
+    @cached_property
+    def _ours(self) -> torch.Tensor:
+        """The float64 (m, N) result of those that the operator multiplies."""
+        return self.expected if self.config.dynamic_quantization is None else self._product(self.quantized)
 
     @cached_property
     def _bound(self) -> torch.Tensor:
@@ -100,20 +118,20 @@ class Workload:
         2·√K·2^-24·‖a‖·‖(|q| + |z|)·s‖ + u(out)·|ref|, by row and column; integers are exact.
         """
         config = self.config
-        integers = config.integer_accumulation and self.scale is None
+        integers = config.integer_accumulation and self.scale is None and not config.activation_groups
         norms = torch.cat([block.norm(dim=1) for _, block in self._blocks(magnitude=True)])
         sums = self.a.to(torch.float64).norm(dim=1)[:, None] * norms * (2 * math.sqrt(config.K) * 2.0**-24)
         if integers:
             sums.zero_()
         if config.out_dtype in ("int8", "int32"):
             return sums if integers else sums + 0.5
-        return sums + _ROUNDOFF[config.out_dtype] * self.expected.abs() + _SMALLEST[config.out_dtype]
+        return sums + _ROUNDOFF[config.out_dtype] * self._ours.abs() + _SMALLEST[config.out_dtype]
 
-    def error(self, out: torch.Tensor) -> torch.Tensor:
-        """float64 distances from the expected result; infinite for NaN and for another shape."""
-        if tuple(out.shape) != tuple(self.expected.shape):
-            return torch.full_like(self.expected, math.inf)
-        expected = self.expected
+    def error(self, out: torch.Tensor, expected: torch.Tensor | None = None) -> torch.Tensor:
+        """float64 distances from a result, by default the expected one; infinite for NaN and for another shape."""
+        expected = self.expected if expected is None else expected
+        if tuple(out.shape) != tuple(expected.shape):
+            return torch.full_like(expected, math.inf)
         if not out.is_floating_point():
             info = torch.iinfo(out.dtype)
             expected = expected.clamp(info.min, info.max)
@@ -124,9 +142,9 @@ class Workload:
         return Verdict(float(error.max()) / size, bool((error <= allowed).all()))
 
     def check(self, out: object) -> Verdict:
-        """Judge a result of the operator by its bound."""
+        """Judge a result of the operator by its bound: where it quantizes A on the fly, by what that leaves of A."""
         assert isinstance(out, torch.Tensor)
-        return self._verdict(self.error(out), self._bound)
+        return self._verdict(self.error(out, self._ours), self._bound)
 
     def check_within(self, out: object, limit: float) -> Verdict:
         """Judge a peer's result: no element farther off than `limit` times the root mean square of the expected result."""

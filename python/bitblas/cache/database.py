@@ -208,8 +208,9 @@ class Database:
 
 
 def _fields(config: MatmulConfig) -> dict[str, Any]:
-    """What makes a config equal to another, as JSON values."""
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.compare}
+    """What makes a config equal to another, as JSON values; without options that are None, as `MatmulConfig.fields` is."""
+    found = {f.name: getattr(config, f.name) for f in fields(config) if f.compare}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _file_name(record: Mapping[str, Any]) -> str:

@@ -12,10 +12,12 @@ from tvm.ir import Expr
 from ..config import MatmulConfig
 from ..formats import parse_format
 from ..layout import LANES, QUAD, UNIT, PackedLayout
+from .absmax import absmax_bits
 from .decode import decode
 from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
-from .slices import digit, join_slices, largest, step
+from .quantize import Quantizer, quantizer
+from .slices import digit, join_slices, step
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,14 @@ class MatmulExpr:
     and float activations are cut into `slices` digits of base 256, each a signed byte, with a step for each chunk of a row (see
     `bitblas.expr.slices`)::
 
-        largest[i, c]       = bits of max_k in c  |A[i, k]|
+        absmax[i, c]        = max_k in c  |A[i, k]|
         step[i, c]          = what the lowest digit counts
         activation[i, l, k] = digit l of A[i, k]
         matmul[c, i, l, n]  = Σ_q in c Σ_j  activation[i, l, 4 q + j] · byte j of decode[q, n]
                               (and accumulate joins the sums of the digits, times step[i, c])
+
+    Where A is quantized on the fly, `activation` holds the whole numbers of `quantize.Quantizer`, and their scale multiplies a
+    group's sum in accumulate, or, for the whole row, the sum of all in epilogue.
 
     Attributes
     ----------
@@ -117,25 +122,33 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     arguments = [A, W]
 
-    steps, activation = _sliced(expr, A, rows) if expr.slices else (None, _activation(expr, A, rows))
+    quantized = quantizer(cfg, A, rows) if cfg.activation_groups else None
+    given = _given(expr, A, quantized)
+    steps, activation = _sliced(expr, given, rows) if expr.slices else (None, _activation(expr, given, rows))
     multiply = _pair_products if expr.dot == "bf16" else _dots if expr.dot else _products
     partial = multiply(expr, W, activation, rows)
     scale = _scale(expr, arguments) if cfg.with_scaling else None
     zero = _zero(expr, arguments) if cfg.with_zeros else None
     row_sum = None
     if needs_row_sum(cfg, expr.dot):
-        row_sum = _row_sum(expr, _given(expr, A) if expr.dot == "bf16" else activation, rows)
+        row_sum = _row_sum(expr, given if expr.dot == "bf16" else activation, rows)
     bias = te.placeholder((cfg.N,), cfg.bias_dtype, name="bias") if cfg.with_bias else None
     if bias is not None:
         arguments.append(bias)
-    sums = _Sums(partial, row_sum, steps, scale, zero)
-    accumulated = _accumulate(expr, rows, sums)
+    # what scales a whole row waits for the sum of all chunks; so does a column's scale where that sum is one of integers
+    row_scale = quantized.scale if quantized is not None and cfg.activation_groups == 1 else None
+    group_scale = quantized.scale if quantized is not None and cfg.activation_groups > 1 else None
+    column_scale, scale = (scale, None) if cfg.integer_accumulation else (None, scale)
+    accumulated = _accumulate(expr, rows, _Sums(partial, row_sum, steps, scale, zero, group_scale))
 
     def epilogue(i: Expr, n: Expr) -> Expr:
         value, dtype = accumulated[i, n], cfg.sum_dtype
-        if cfg.integer_accumulation and scale is not None:
+        factor = None if column_scale is None else column_scale[0, n].astype(cfg.scaling_dtype)
+        if row_scale is not None:
+            factor = _times(factor, row_scale[i, 0])
+        if factor is not None:
             dtype = cfg.scaling_dtype
-            value = value.astype(dtype) * scale[0, n].astype(dtype)
+            value = value.astype(dtype) * factor
         if bias is not None:
             if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
                 dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
@@ -147,13 +160,19 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     return func.with_attr({"global_symbol": name})
 
 
-def _given(expr: MatmulExpr, A: te.Tensor) -> Callable[[Expr, Expr], Expr]:
+def _times(factor: Expr | None, other: Expr) -> Expr:
+    return other if factor is None else factor * other
+
+
+def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None) -> Callable[[Expr, Expr], Expr]:
     """Elements of A: float32, or int8 where they are; rows beyond M repeat the last, k beyond K are 0."""
     cfg, dtype = expr.config, "int8" if expr.sums_integers and not expr.slices else "float32"
     fmt = parse_format(cfg.A_dtype)
 
     def value(i: Expr, k: Expr) -> Expr:
         element = A[te.min(i, A.shape[0] - 1), k]
+        if quantized is not None:
+            return quantized.quantize(element.astype("float32"), i, k).astype(dtype)
         return decode(fmt, element.astype("int32")) if fmt.kind == "float8" else element.astype(dtype)
 
     def padded(i: Expr, k: Expr) -> Expr:
@@ -162,9 +181,8 @@ def _given(expr: MatmulExpr, A: te.Tensor) -> Callable[[Expr, Expr], Expr]:
     return value if expr.padded_k == cfg.K else padded
 
 
-def _activation(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> te.Tensor:
+def _activation(expr: MatmulExpr, given: Callable[[Expr, Expr], Expr], rows: Expr) -> te.Tensor:
     """Block activation: float32 or int8, (rows, K), or pairs of bfloat16, (rows, K / 2)."""
-    given = _given(expr, A)
     if expr.dot != "bf16":
         return te.compute((rows, expr.padded_k), given, name="activation")
 
@@ -175,10 +193,10 @@ def _activation(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> te.Tensor:
     return te.compute((rows, expr.padded_k // PAIR), pair, name="activation")
 
 
-def _sliced(expr: MatmulExpr, A: te.Tensor, rows: Expr) -> tuple[te.Tensor, te.Tensor]:
-    """Blocks largest_lanes, largest, step, activation: steps, (rows, chunks), and digits, int8 (rows, slices, K)."""
-    given, chunk, chunks, slices = _given(expr, A), expr.chunk, expr.padded_k // expr.chunk, expr.slices
-    bits = largest(given, rows, chunk, chunks, LANES)
+def _sliced(expr: MatmulExpr, given: Callable[[Expr, Expr], Expr], rows: Expr) -> tuple[te.Tensor, te.Tensor]:
+    """Blocks absmax_lanes, absmax, step, activation: steps, (rows, chunks), and digits, int8 (rows, slices, K)."""
+    chunk, chunks, slices = expr.chunk, expr.padded_k // expr.chunk, expr.slices
+    bits = absmax_bits(given, rows, chunks, chunk)
     steps = te.compute((rows, chunks), lambda i, c: step(bits[i, c], slices), name="step")
     digits = te.compute(
         (rows, slices, expr.padded_k),
@@ -384,30 +402,35 @@ class _Sums:
     steps: te.Tensor | None
     scale: te.Tensor | None
     zero: te.Tensor | None
+    activation_scale: te.Tensor | None
 
 
 def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
     """Sum the chunks of the reduction, each with the zero point and the scale of its group."""
-    cfg, row_sum, zero, scale = expr.config, sums.row_sum, sums.zero, sums.scale
+    cfg, zero = expr.config, sums.zero
     groups = cfg.num_groups if cfg.is_grouped else 1
     chunks_per_group = expr.padded_k // groups // expr.chunk
     chunks = expr.padded_k // expr.chunk // expr.split_k
     axis = te.reduce_axis((0, chunks), name="c")
     dtype = cfg.sum_dtype
-    total = _row_total(expr, rows, sums) if expr.slices and zero is not None else row_sum
+    total = _row_total(expr, rows, sums) if expr.slices and zero is not None else sums.row_sum
 
     def term(c: Expr, i: Expr, n: Expr) -> Expr:
         value, g = _chunk_sum(expr, sums, c, i, n).astype(dtype), c // chunks_per_group if groups > 1 else 0
-        if zero is None or total is None:
-            return value if scale is None or cfg.integer_accumulation else value * scale[g, n].astype(dtype)
-        if cfg.integer_accumulation:  # a chunk's product fits into the dtype that its sum has
-            return value - (total[i, c] * zero[g, n].astype("int32" if expr.sums_integers else "float32")).astype(dtype)
-        shift = total[i, c].astype(dtype) * zero[g, n].astype(dtype)
-        if scale is None:
-            return value - shift
-        if cfg.zeros_mode == "rescale":
-            return value * scale[g, n].astype(dtype) - shift
-        return (value - shift) * scale[g, n].astype(dtype)
+        factor = None if sums.scale is None else sums.scale[g, n].astype(dtype)
+        shift = None
+        if zero is not None and total is not None:
+            # a chunk's product fits into the dtype that its sum has
+            exact = "int32" if expr.sums_integers else "float32"
+            held = exact if cfg.integer_accumulation else dtype
+            shift = (total[i, c].astype(held) * zero[g, n].astype(held)).astype(dtype)
+        if shift is not None and factor is not None and cfg.zeros_mode == "rescale":
+            value, factor = value * factor - shift, None
+        elif shift is not None:
+            value = value - shift
+        if sums.activation_scale is not None:
+            factor = _times(factor, sums.activation_scale[i, g])
+        return value if factor is None else value * factor
 
     shape = (rows, expr.padded_n)
     if expr.split_k == 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tvm import te, tirx
 from tvm.ir import Expr
 
@@ -14,27 +12,6 @@ _HALF = 128
 
 def _int32(value: int) -> Expr:
     return tirx.const(value, "int32")
-
-
-def largest(values: Callable[[Expr, Expr], Expr], rows: Expr, chunk: int, chunks: int, lanes: int) -> te.Tensor:
-    """Blocks largest_lanes, largest: the bits of the largest magnitude of each chunk of a row, (rows, chunks) int32.
-
-    As integers the bits of floats without their sign are ordered as the floats are, infinity and NaN above all others.
-    """
-
-    def bits(i: Expr, k: Expr) -> Expr:
-        return tirx.bitwise_and(tirx.reinterpret("int32", values(i, k)), _int32(0x7FFFFFFF))
-
-    if chunk % lanes:
-        k = te.reduce_axis((0, chunk), name="k")
-        return te.compute((rows, chunks), lambda i, c: te.max(bits(i, c * chunk + k), axis=k), name="largest")
-    j, lane = te.reduce_axis((0, chunk // lanes), name="j"), te.reduce_axis((0, lanes), name="lane")
-    part = te.compute(
-        (rows, chunks, lanes),
-        lambda i, c, at: te.max(bits(i, c * chunk + j * lanes + at), axis=j),
-        name="largest_lanes",
-    )
-    return te.compute((rows, chunks), lambda i, c: te.max(part[i, c, lane], axis=lane), name="largest")
 
 
 def _power(bits: Expr, slices: int) -> Expr:

@@ -27,6 +27,7 @@ class WithFacts:
     with_bias = property(lambda self: self.config.with_bias)
     group_size = property(lambda self: self.config.group_size)
     zeros_mode = property(lambda self: self.config.zeros_mode)
+    dynamic_quantization = property(lambda self: self.config.dynamic_quantization)
     fast_decoding = property(lambda self: self.config.fast_decoding)
     propagate_a = property(lambda self: False)
     propagate_b = property(lambda self: False)

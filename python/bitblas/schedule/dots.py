@@ -74,9 +74,14 @@ DOT_UNITS: tuple[DotUnit, ...] = (
 SLICES = {"float16": 3, "float32": 3, "bfloat16": 3}
 
 
+def num_slices(config: MatmulConfig) -> int:
+    """Bytes into which activations are cut; 0 where they are integers, or the products would be none."""
+    return SLICES.get(config.A_dtype, 0) if config.format.is_integer and not config.integer_products else 0
+
+
 def takes_dots(config: MatmulConfig, target: Target) -> bool:
     """Whether the weights of `config` should lie as dot products on `target` read them."""
-    sliced = config.A_dtype in SLICES and config.format.is_integer and config.format.bits <= 8
+    sliced = num_slices(config) > 0
     if not (config.integer_products or sliced) or config.N % LANES:
         return False
     group = config.group if config.is_grouped else config.K
@@ -94,7 +99,7 @@ class DotRule(UnitRule):
 
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
-        num_sums, slices = self.unit.num_sums(problem.target), SLICES.get(problem.config.A_dtype, 0)
+        num_sums, slices = self.unit.num_sums(problem.target), num_slices(problem.config)
         found = decode_in_registers(problem, num_sums, slices or 1)
         found += four_blocks_first(decode_to_panel(problem, num_sums, slices or 1, _PANEL_K))
         most = _SLICED_K if slices else 0

@@ -120,8 +120,8 @@ class _Nest:
         """Convert activations once, and sum them where zero points ask for it."""
         sch = self.sch
         block = sch.get_sblock("activation")
-        if self.tiling.slices:
-            self.slices()
+        if self.tiling.slices or self.config.activation_groups:
+            self.measured_rows(block)
         elif self.config.A_dtype == "float32" and not self.tiling.panel:
             sch.compute_inline(block)
         else:
@@ -130,25 +130,37 @@ class _Nest:
             self.convert(row, k)
             if self.many_rows:
                 sch.parallel(row)
-        if not needs_row_sum(self.config, self.tiling.dot):
+        if not self.has_row_sums:
             return
-        self.row_sums()
-        if self.many_rows:
+        self.lanes_first("row_sum", self.chunk)
+        if self.many_rows and not self.config.activation_groups:
             sch.parallel(sch.get_loops(sch.get_sblock("row_sum"))[0])
 
-    def slices(self) -> None:
-        """Cut activations into bytes: a row at a time, while a cache holds it."""
-        sch = self.sch
-        row, chunk, _ = sch.get_loops(sch.get_sblock("largest"))
-        self.over_lanes("largest", chunk)
-        sch.reverse_compute_at(sch.get_sblock("step"), row, preserve_unit_loops=True)
-        block = sch.get_sblock("activation")
-        sch.reverse_compute_at(block, row, preserve_unit_loops=True)
+    def measured_rows(self, block: SBlockRV) -> None:
+        """What begins with the largest magnitudes of a row is done a row at a time, while a cache holds it.
+
+        Cutting activations into bytes; or quantizing them, with the sums.
+        """
+        sch, sliced = self.sch, self.tiling.slices
+        row = sch.get_loops(sch.get_sblock("absmax"))[0]
+        names = ["step", "activation"] if sliced else ["activation_scale", "inverse", "activation"]
+        if not sliced and self.has_row_sums:
+            names += ["row_sum_lanes", "row_sum"] if self.chunk % LANES == 0 else ["row_sum"]
+        self.lanes_first("absmax", self.chunk if sliced else self.config.K // self.config.activation_groups)
+        for name in names:
+            sch.reverse_compute_at(sch.get_sblock(name), row, preserve_unit_loops=True)
         self.align_rows(block)
-        index, k = sch.get_loops(block)[-2:]
-        k, lanes = self.vectorize_k(k)
-        sch.reorder(k, index, lanes)
-        sch.unroll(index)  # so that what the digits of an activation share is found once
+        if sliced:
+            index, k = sch.get_loops(block)[-2:]
+            k, lanes = self.vectorize_k(k)
+            sch.reorder(k, index, lanes)
+            sch.unroll(index)  # so that what the digits of an activation share is found once
+        else:
+            groups = self.config.activation_groups
+            width = math.gcd(self.padded_k // groups, LANES)
+            *_, lanes = sch.split(sch.get_loops(block)[-1], [groups, None, width])
+            if width > 1:
+                sch.vectorize(lanes)
         if self.many_rows:
             sch.parallel(row)
 
@@ -162,6 +174,16 @@ class _Nest:
         sch.tensorize(sch.split(k, [None, LANES])[1], self.intrinsics.activation)
 
     @property
+    def padded_k(self) -> int:
+        """K, rounded up to whole chunks."""
+        return -(-self.config.K // self.chunk) * self.chunk
+
+    @property
+    def has_row_sums(self) -> bool:
+        """Whether activations are summed."""
+        return needs_row_sum(self.config, self.tiling.dot)
+
+    @property
     def many_rows(self) -> bool:
         """Whether there are rows enough to prepare them by several threads."""
         return self.problem.m > self.tiling.block_m and self.tiling.parallel
@@ -173,31 +195,27 @@ class _Nest:
 
     def align_rows(self, block: SBlockRV) -> None:
         """An odd number of cache lines a row: rows that are a power of two apart would share the sets of a cache."""
-        line = self.line
-        self.sch.storage_align(block, 0, axis=1 if self.tiling.slices else 0, factor=2 * line, offset=line)
+        axis = 1 if self.tiling.slices else 0
+        self.sch.storage_align(block, 0, axis=axis, factor=2 * self.line, offset=self.line)
 
     def vectorize_k(self, k: LoopRV) -> tuple[LoopRV, LoopRV]:
         """Split a loop over the k of a copy of A into one over vectors, and the vector."""
-        length = -(-self.config.K // self.chunk) * self.chunk // (PAIR if self.tiling.dot == "bf16" else 1)
+        length = self.padded_k // (PAIR if self.tiling.dot == "bf16" else 1)
         outer, lanes = self.sch.split(k, [None, math.gcd(length, self.line)])
         self.sch.vectorize(lanes)
         return outer, lanes
 
-    def row_sums(self) -> None:
-        """Sum the activations of a row's chunks."""
-        self.over_lanes("row_sum", self.sch.get_loops(self.sch.get_sblock("row_sum"))[-2])
-
-    def over_lanes(self, name: str, chunk: LoopRV) -> None:
-        """Reduce a chunk of a row to sixteen lanes first, where they divide it."""
+    def lanes_first(self, name: str, size: int) -> None:
+        """Reduce `size` elements to sixteen lanes, where they divide them, beside each part of a row."""
         sch = self.sch
-        if self.chunk % LANES:
+        if size % LANES:
             return
         lanes = sch.get_sblock(f"{name}_lanes")
-        lane, j = sch.get_loops(lanes)[-2:]
+        sch.compute_at(lanes, sch.get_loops(sch.get_sblock(name))[-2], preserve_unit_loops=True)
+        *_, lane, j = sch.get_loops(lanes)
         sch.reorder(j, lane)
         sch.vectorize(lane)
-        sch.compute_at(lanes, chunk, preserve_unit_loops=True)
-        self.reductions.append((lanes, sch.get_loops(lanes)[-2]))
+        self.reductions.append((lanes, j))
 
     def tiles(self) -> tuple[LoopRV, LoopRV]:
         """Tile the output, or the parts of K that are summed to it; returns the loops over tiles of columns and of rows."""

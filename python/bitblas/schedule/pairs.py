@@ -48,8 +48,8 @@ class PairRule(UnitRule):
     def decline(self, problem: Problem) -> str | None:
         """See `ScheduleRule`."""
         reason = super().decline(problem)
-        if reason is None and problem.config.A_dtype != "bfloat16":
-            reason = f"multiplies bfloat16 activations, not {problem.config.A_dtype}"
+        if reason is None and (problem.config.A_dtype != "bfloat16" or problem.config.integer_products):
+            reason = f"multiplies bfloat16 activations as such, not those of {problem.config}"
         fewest = _FEWEST_ROWS if self.unit.looks_up(problem.config.format) else DECODE_AGAIN_ROWS + 1
         if reason is None and problem.m < fewest:
             reason = f"decodes {problem.config.W_dtype} too slowly for {problem.m} rows"

@@ -278,6 +278,24 @@ def test_other_activations(check, target, a_dtype, name, out_dtype):
     check(target, config(name, a_dtype, with_scaling=True, with_bias=True, group_size=32, out_dtype=out_dtype))
 
 
+def covering_quantized():
+    """Activations that are quantized on the fly, by row and by group; formats, A, shapes and zeros in turn."""
+    names = ("uint4", "int8", "int2", "uint3", "uint8")
+    for i, (target, how, shape) in enumerate(
+        itertools.product((N1, A72), ("row", "group"), (*SHAPES[:2], UGLY_SHAPES[3]))
+    ):
+        yield target, how, ("float16", "bfloat16", "float32")[i % 3], names[i % 5], shape, i % 2 == 0
+
+
+@pytest.mark.parametrize(("target", "how", "a_dtype", "name", "shape", "zeros"), ids(covering_quantized()))
+def test_quantized_activations(check, target, how, a_dtype, name, shape, zeros):
+    N, K, group = shape
+    fields = {"N": N, "K": K, "group_size": group, "with_scaling": True, "with_zeros": zeros}
+    rules = check(target, config(name, a_dtype, dynamic_quantization=how, **fields))
+    unit = "neon_dot" if target == N1 and shape in SHAPES else "neon"
+    assert rules == {f"{unit}_small_m", f"{unit}_gemm"}
+
+
 @pytest.mark.parametrize("target", [N1, A72])
 @pytest.mark.parametrize(
     ("out_dtype", "name", "scaling"), [("int32", "int8", False), ("int8", "uint4", True), ("int8", "int2", False)]

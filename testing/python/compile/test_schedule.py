@@ -93,6 +93,24 @@ def test_what_does_not_fit_words_of_four_bytes_is_multiplied_in_floats(changes):
     assert select_rule(RULES, subject).name == "avx512"
 
 
+@pytest.mark.parametrize("how", ["row", "group"])
+@pytest.mark.parametrize("a_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("target", [*DOTS, AVX512, AVX2, OLD_NEON, BASELINE], ids=str)
+def test_activations_that_are_quantized_take_the_rules_of_int8(target, a_dtype, how):
+    for changes in ({}, {"group_size": 4}, {"N": 40}, {"w_dtype": "uint8"}, {"m": 16}, {"K": 132, "group_size": -1}):
+        ours = problem(target, A_dtype=a_dtype, dynamic_quantization=how, **{"m": 1, **changes})
+        given = problem(target, A_dtype="int8", **{"m": 1, **changes})
+        assert ours.layout == given.layout
+        assert select_rule(RULES, ours).name == select_rule(RULES, given).name
+
+
+def test_groups_of_activations_count_where_weights_have_none():
+    """144 is a multiple of a word's eight codes, and 12 is not."""
+    for how, layout in (("row", "dots"), ("group", "lanes")):
+        subject = problem(VNNI, K=144, group_size=12, with_scaling=False, dynamic_quantization=how)
+        assert subject.layout.name == layout
+
+
 def test_each_rule_that_declines_says_why():
     assert "avx512f" in find_rule("avx512").decline(problem(AVX2))
     wide, dots = problem(AVX2, w_dtype="uint8", A_dtype="int8"), problem(VNNI, A_dtype="int8")
@@ -261,6 +279,41 @@ def test_bytes_are_multiplied_four_at_a_time(target, instruction, name):
         pytest.skip("products of 8-bit codes do not fit 16 bits")
     assembly, _ = compiled(config(name, M=[1, 16], A_dtype="int8", out_dtype="float32"), target)
     assert re.search(instruction, assembly)
+
+
+@pytest.mark.parametrize("how", ["row", "group"])
+@pytest.mark.parametrize("a_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("m", [1, 64])
+@pytest.mark.parametrize(
+    ("target", "instructions"),
+    [
+        (VNNI, [r"vpdpbusd.*zmm", r"vpmaxsd.*zmm", r"vrndscaleps.*zmm", r"vpmovdb.*zmm"]),
+        (AVX2, [r"vpmaddubsw.*ymm", r"vpmaxsd.*ymm", r"vroundps.*ymm"]),
+        (NEON, [r"sdot", r"smax\s+v\d+\.4s", r"frinti\s+v\d+\.4s"]),
+    ],
+    ids=str,
+)
+def test_activations_are_quantized_in_vectors(target, instructions, m, a_dtype, how):
+    assembly, _ = compiled(config(M=m, A_dtype=a_dtype, dynamic_quantization=how), target)
+    for instruction in instructions:
+        assert re.search(instruction, assembly), instruction
+    assert not re.search(r"v?roundss\s|vrndscaless\s|frinti\s+s\d|call.*(nearbyint|round)", assembly)
+
+
+@pytest.mark.parametrize("how", ["row", "group"])
+@pytest.mark.parametrize(("m", "parallel"), [(1, False), (128, True)])
+def test_activations_are_quantized_in_one_pass(m, parallel, how):
+    """… over each row, which threads share where there are many."""
+    cfg = config(M=m, N=256, K=512, with_zeros=True, dynamic_quantization=how)
+    script = compiled(cfg, VNNI)[1]
+    first, _, rest = script.partition('T.sblock("absmax_lanes_update")')
+    loop = first.rindex(" for i in ") + 1
+    assert first[loop:].startswith("for i in T.parallel(") == parallel
+    depth = len(first[:loop].rpartition("\n")[2])
+    passed, _, rest = rest.partition("\n" + " " * depth + "for ")  # the next loop that is no part of it
+    for name in ("absmax", "activation_scale", "inverse", "activation", "row_sum_lanes_update", "row_sum"):
+        assert f'T.sblock("{name}")' in passed
+        assert f'T.sblock("{name}")' not in rest
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4_e2m1", "uint2", "int3"])

@@ -32,6 +32,10 @@ def configs(draw):
     fmt = FORMATS[name]
     integers = a_dtype in ("int8", "int4") and fmt.is_integer
     modes = ZEROS_MODES if fmt.kind == "uint" else ZEROS_MODES[:2]
+    group_size = draw(st.sampled_from([-1, *(g for g in range(1, K + 1) if K % g == 0)]))
+    quantizations = [None]
+    if fmt.is_integer and a_dtype in ("float16", "bfloat16", "float32"):
+        quantizations += ["row"] if group_size == 1 < K else ["row", "group"]
     rows = st.integers(1, 40)
     buckets = st.lists(st.integers(1, 48), min_size=1, max_size=3)
     return MatmulConfig(
@@ -44,10 +48,11 @@ def configs(draw):
         accum_dtype=draw(st.sampled_from([*FLOATS, "int32"] if integers else FLOATS)),
         layout=draw(st.sampled_from(LAYOUTS)),
         with_bias=draw(st.booleans()),
-        group_size=draw(st.sampled_from([-1, *(g for g in range(1, K + 1) if K % g == 0)])),
+        group_size=group_size,
         with_scaling=draw(st.booleans()),
         with_zeros=fmt.is_integer and draw(st.booleans()),
         zeros_mode=draw(st.sampled_from(modes)),
+        dynamic_quantization=draw(st.sampled_from(quantizations)),
     )
 
 
@@ -97,7 +102,7 @@ def test_matmul(build, data):
     )
     how = data.draw(st.sampled_from(["as it is", "misaligned", "strided", "transposed"]))
     note(f"{config}, {target}, lead {lead}, exact {exact}, {how}, packed {packed}")
-    event(f"{config.A_dtype} x {config.W_dtype}")
+    event(f"{config.A_dtype} x {config.W_dtype}, quantized by {config.dynamic_quantization}")
     op = build(config, target)
     event(op.plan.kernels[0].rule)
     W = op.transform_weight(problem.weights.mT if config.layout[1] == "n" else problem.weights)

@@ -5,12 +5,13 @@ import dataclasses
 import inspect
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from bitblas.config import DEFAULT_BUCKETS, MatmulConfig
+from bitblas.config import A_DTYPES, DEFAULT_BUCKETS, MatmulConfig
 from bitblas.errors import ConfigError
 from bitblas.formats import ALIASES, FORMATS
 
@@ -19,6 +20,7 @@ POSITIONS = [
     "with_zeros", "zeros_mode", "storage_dtype", "fast_decoding", "propagate_a", "propagate_b", "optimize_stratety",
 ]  # fmt: skip
 HINTS = POSITIONS[13:]
+FLOATS = ("float16", "bfloat16", "float32")
 
 
 def config(**fields):
@@ -196,6 +198,11 @@ def test_groups():
         ({"with_zeros": True}, False),
         ({"W_dtype": "nf4"}, False),
         ({"A_dtype": "float16"}, False),
+        ({"A_dtype": "float16", "dynamic_quantization": "row"}, True),
+        ({"A_dtype": "float16", "dynamic_quantization": "group"}, True),
+        ({"A_dtype": "float16", "dynamic_quantization": "row", "group_size": 16}, True),
+        ({"A_dtype": "float16", "dynamic_quantization": "group", "group_size": 16}, False),
+        ({"A_dtype": "float16", "dynamic_quantization": "row", "group_size": 16, "with_scaling": True}, False),
     ],
 )
 def test_integer_accumulation(fields, expected):
@@ -207,6 +214,68 @@ def test_integer_accumulation(fields, expected):
 def test_every_format_with_every_activation(name, a_dtype):
     found = config(A_dtype=a_dtype, W_dtype=name, out_dtype="float32", with_scaling=True)
     assert found.scale_dtype == ("float32" if a_dtype == "int8" else a_dtype)
+
+
+@pytest.mark.parametrize("how", ["row", "group"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_which_formats_take_quantized_activations(name, how):
+    if name.startswith(("uint", "int")):
+        found = config(A_dtype="bfloat16", W_dtype=name, group_size=16, dynamic_quantization=how)
+        assert found.integer_products
+        assert found.activation_groups == {"row": 1, "group": 4}[how]
+        assert found.is_grouped == (how == "group")
+        assert found.scale_dtype == found.activation_dtype == "bfloat16"
+        return
+    with pytest.raises(ConfigError, match=f"dynamic_quantization '{how}' needs a W_dtype of integers.* not {name},"):
+        config(W_dtype=name, dynamic_quantization=how)
+
+
+@pytest.mark.parametrize("a_dtype", A_DTYPES)
+def test_which_activations_can_be_quantized(a_dtype):
+    if a_dtype in FLOATS:
+        assert config(A_dtype=a_dtype, W_dtype="int4", dynamic_quantization="row").A_dtype == a_dtype
+        return
+    with pytest.raises(ConfigError, match=f"needs A_dtype float16, bfloat16 or float32, not {a_dtype},"):
+        config(A_dtype=a_dtype, W_dtype="int4", dynamic_quantization="row")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dynamic_quantization": "column"}, "dynamic_quantization is 'column'; allowed: None, 'row', 'group'"),
+        ({"dynamic_quantization": True}, "dynamic_quantization is True; allowed"),
+        ({"dynamic_quantization": 128}, "dynamic_quantization is 128; allowed"),
+        ({"dynamic_quantization": "group", "group_size": 1}, "needs a group_size of at least 2, or -1"),
+        ({"dynamic_quantization": "row", "out_dtype": "int32"}, "out_dtype int32 needs A_dtype int8 or int4"),
+        ({"dynamic_quantization": "row", "out_dtype": "int8"}, "out_dtype int8 needs A_dtype int8 or int4"),
+        ({"dynamic_quantization": "row", "accum_dtype": "int32"}, "accum_dtype int32 needs A_dtype int8 or int4"),
+    ],
+)
+def test_what_quantized_activations_do_not_go_with(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config(W_dtype="uint4", **fields)
+
+
+def test_quantization_of_activations_is_given_by_name_and_tells_configs_apart():
+    parameter = inspect.signature(MatmulConfig).parameters["dynamic_quantization"]
+    assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, None)
+    found = [config(W_dtype="uint4", group_size=16, dynamic_quantization=how) for how in (None, "row", "group")]
+    assert len(set(found)) == 3
+    assert [f.fields().get("dynamic_quantization") for f in found] == [None, "row", "group"]
+    for one in found:
+        twins = (
+            pickle.loads(pickle.dumps(one)), dataclasses.replace(one), MatmulConfig(**one.fields()),
+            eval(repr(one), {"MatmulConfig": MatmulConfig}),
+        )  # fmt: skip
+        assert all(twin == one and hash(twin) == hash(one) for twin in twins)
+    grouped = dataclasses.replace(found[2], group_size=-1)
+    assert grouped != dataclasses.replace(found[1], group_size=-1)
+    assert grouped.kernel == dataclasses.replace(found[1], group_size=-1).kernel  # one group is a row
+
+
+def test_the_fields_of_a_config_without_options_are_those_it_always_had():
+    """… so that the keys of artifacts and of saved operators stay what they were."""
+    assert list(config().fields()) == POSITIONS[:13]
 
 
 @pytest.mark.parametrize("mode", ["original", "rescale", "quantized"])

@@ -1,0 +1,88 @@
+"""How float activations become int8 on the fly: one scale for each row, or for each row and group of k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from struct import pack, unpack
+from typing import Any
+
+from tvm import te, tirx
+from tvm.ir import Expr
+
+from ..config import MatmulConfig
+from .absmax import absmax_bits
+
+#: The largest value of a quantized activation; -128 is not used.
+_LARGEST = 127.0
+#: What stands in for a smaller largest magnitude, 0 among them: 127 over it, and a 127th of it, are normal numbers.
+_LEAST = 2.0**-119
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How the rows of A are quantized; both (rows, groups) float32, of blocks of these names.
+
+    With the largest magnitude of a row's group, `absmax`, as the bits of a float32, which are ordered like the values, and NaN
+    above all::
+
+        activation_scale[i, g] = max(absmax[i, g], 2^-119) / 127
+        inverse[i, g]          = 127 / max(absmax[i, g], 2^-119)
+        activation[i, k]       = a · inverse[i, k / group] to nearest, ties to even; 0 where that is NaN
+
+    An infinity or a NaN makes its whole group 0, beside a scale that is infinite or NaN: their product is NaN.
+
+    Attributes
+    ----------
+    scale, inverse : te.Tensor
+        See above.
+    group : int
+        Consecutive k that share them.
+    """
+
+    scale: te.Tensor
+    inverse: te.Tensor
+    group: int
+
+    def quantize(self, value: Expr, i: Expr, k: Expr) -> Expr:
+        """The whole number, as a float32 from -127 to 127, that stands for the float32 `value` of A in row i at k."""
+        scaled = value * self.inverse[i, self.group_of(k)]
+        # of a NaN no integer is made, which nobody defines; TVM vectorizes neither isnan nor its own nearbyint
+        number = scaled >= tirx.const(-_LARGEST - 1, "float32")
+        whole = tirx.call_llvm_pure_intrin("float32", "llvm.nearbyint", scaled)
+        return tirx.Select(number, whole, tirx.const(0.0, "float32"))
+
+    def group_of(self, k: Expr) -> Expr:
+        """The group of k."""
+        return k // self.group if self.scale.shape[1] != 1 else 0
+
+
+def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any) -> Quantizer:
+    """Blocks absmax_lanes, absmax, activation_scale and inverse for A (m, K); rows beyond M repeat the last."""
+    groups = config.activation_groups
+    group = config.K // groups
+    bits = absmax_bits(lambda i, k: A[te.min(i, A.shape[0] - 1), k].astype("float32"), rows, groups, group)
+
+    def at_least(i: Expr, g: Expr) -> Expr:
+        return tirx.reinterpret("float32", te.max(bits[i, g], tirx.const(_bits(_LEAST), "int32")))
+
+    def scale(i: Expr, g: Expr) -> Expr:
+        # by way of its bits: a division by a constant would be turned into a product, which rounds otherwise
+        return at_least(i, g) / _opaque(_LARGEST)
+
+    def inverse(i: Expr, g: Expr) -> Expr:
+        return _opaque(_LARGEST) / at_least(i, g)
+
+    shape = (rows, groups)
+    return Quantizer(
+        te.compute(shape, scale, name="activation_scale"), te.compute(shape, inverse, name="inverse"), group
+    )
+
+
+def _bits(value: float) -> int:
+    """The bits of a float32."""
+    return int(unpack("<i", pack("<f", value))[0])
+
+
+def _opaque(value: float) -> Expr:
+    """A float32 constant that TVM does not simplify."""
+    return tirx.reinterpret("float32", tirx.const(_bits(value), "int32"))
