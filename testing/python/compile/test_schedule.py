@@ -287,9 +287,9 @@ def test_bytes_are_multiplied_four_at_a_time(target, instruction, name):
 @pytest.mark.parametrize(
     ("target", "instructions"),
     [
-        (VNNI, [r"vpdpbusd.*zmm", r"vpmaxsd.*zmm", r"vrndscaleps.*zmm", r"vpmovdb.*zmm"]),
-        (AVX2, [r"vpmaddubsw.*ymm", r"vpmaxsd.*ymm", r"vroundps.*ymm"]),
-        (NEON, [r"sdot", r"smax\s+v\d+\.4s", r"frinti\s+v\d+\.4s"]),
+        (VNNI, [r"vpdpbusd.*zmm", r"vpmax[su]d.*zmm", r"vrndscaleps.*zmm", r"vpmovdb.*zmm"]),
+        (AVX2, [r"vpmaddubsw.*ymm", r"vpmax[su]d.*ymm", r"vroundps.*ymm"]),
+        (NEON, [r"sdot", r"[su]max\s+v\d+\.4s", r"frinti\s+v\d+\.4s"]),
     ],
     ids=str,
 )
