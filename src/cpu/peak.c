@@ -1,6 +1,6 @@
 /* What this machine can do, measured: multiply-accumulates with everything in registers, and reading of memory. Built as a
- * library of its own by `bitblas.bench`; no part of an operator. A function returns -1 where the CPU lacks the instruction. */
-#include <omp.h>
+ * library of its own by `bitblas.bench`, which times the calls; no part of an operator. A function returns how much it did, or
+ * -1 where the CPU lacks the instruction. */
 #include <stdint.h>
 
 #if defined(__x86_64__)
@@ -81,52 +81,52 @@ TARGET("sse2") static void fma_128(int64_t steps) { /* one fused instruction on 
 
 typedef void (*Loop)(int64_t);
 
-static double timed(Loop loop, int64_t steps, int threads, int macs) {
-  double began = omp_get_wtime();
+static int64_t run(Loop loop, int64_t steps, int threads, int macs) {
 #pragma omp parallel num_threads(threads)
   loop(steps);
-  return (double)threads * steps * NUM_CHAINS * macs / (omp_get_wtime() - began);
+  return threads * steps * NUM_CHAINS * macs;
 }
 
-/* Multiply-accumulates per second of all `threads` together; every kind of loop runs about `steps` · 12 instructions. */
-double bitblas_peak_fma(int64_t steps, int threads) {
+/* Multiply-accumulates of all `threads` together; every kind of loop runs `steps` · 12 instructions a thread. */
+int64_t bitblas_peak_fma(int64_t steps, int threads) {
 #if defined(__x86_64__)
-  if (HAS("avx512f")) return timed(fma_512, steps, threads, 16);
-  if (HAS("avx2") && HAS("fma")) return timed(fma_256, steps, threads, 8);
+  if (HAS("avx512f")) return run(fma_512, steps, threads, 16);
+  if (HAS("avx2") && HAS("fma")) return run(fma_256, steps, threads, 8);
 #endif
 #if defined(__x86_64__) || defined(__aarch64__)
-  return timed(fma_128, steps, threads, 4);
+  return run(fma_128, steps, threads, 4);
 #else
   (void)steps, (void)threads;
   return -1;
 #endif
 }
 
-double bitblas_peak_int8(int64_t steps, int threads) {
+int64_t bitblas_peak_int8(int64_t steps, int threads) {
 #if defined(__x86_64__)
-  if (HAS("avx512vnni")) return timed(vnni_512, steps, threads, 64);
+  if (HAS("avx512vnni")) return run(vnni_512, steps, threads, 64);
 #endif
   (void)steps, (void)threads;
   return -1;
 }
 
-double bitblas_peak_bf16(int64_t steps, int threads) {
+int64_t bitblas_peak_bf16(int64_t steps, int threads) {
 #if defined(__x86_64__)
-  if (HAS("avx512bf16")) return timed(bf16_512, steps, threads, 32);
+  if (HAS("avx512bf16")) return run(bf16_512, steps, threads, 32);
 #endif
   (void)steps, (void)threads;
   return -1;
 }
 
-/* Bytes per second at which `threads` read `words` 64-bit words once, each thread its own consecutive part, after having
- * written them: memory comes to be where it is first touched. `checksum` is there to be used. */
-double bitblas_read_bandwidth(uint64_t* data, int64_t words, int threads, int fill, uint64_t* checksum) {
-  uint64_t sum = 0;
-  if (fill) {
+/* Write `words` 64-bit words, each thread those that it will read: memory comes to be where it is first touched. */
+void bitblas_fill(uint64_t* data, int64_t words, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < words; ++i) data[i] = (uint64_t)i * 0x9E3779B97F4A7C15u;
-  }
-  double began = omp_get_wtime();
+  for (int64_t block = 0; block < words / 64; ++block)
+    for (int64_t i = block * 64; i < block * 64 + 64; ++i) data[i] = (uint64_t)i * 0x9E3779B97F4A7C15u;
+}
+
+/* Read `words` 64-bit words once, each thread its own consecutive part; return their bytes. `checksum` is there to be used. */
+int64_t bitblas_read(const uint64_t* data, int64_t words, int threads, uint64_t* checksum) {
+  uint64_t sum = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(^ : sum)
   for (int64_t block = 0; block < words / 64; ++block) {
     const uint64_t* part = data + block * 64;
@@ -135,7 +135,6 @@ double bitblas_read_bandwidth(uint64_t* data, int64_t words, int threads, int fi
       for (int lane = 0; lane < 8; ++lane) lanes[lane] ^= part[i + lane];
     sum ^= lanes[0] ^ lanes[1] ^ lanes[2] ^ lanes[3] ^ lanes[4] ^ lanes[5] ^ lanes[6] ^ lanes[7];
   }
-  double seconds = omp_get_wtime() - began;
   *checksum = sum;
-  return (double)words * 8 / seconds;
+  return words / 64 * 512;
 }
