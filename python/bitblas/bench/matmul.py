@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..errors import ArgumentError, BitBLASError
 from ..ops import Matmul
 from .ceilings import Probes, unit_of
-from .machine import Machine, cache_bytes, read_bytes
+from .machine import Machine, read_bytes
 from .timing import Candidate, Timing, side_by_side
 from .workload import Workload, draw_workload
 
@@ -60,8 +60,8 @@ def use_threads(threads: int | None) -> Iterator[int]:
 
 
 def num_copies(num_bytes: int, budget: int) -> int:
-    """How many copies of a weight exceed the last-level cache, within a budget of bytes; at least one."""
-    wanted = max(cache_bytes(), 32 << 20) // max(1, num_bytes) + 1
+    """How many copies of a weight come from memory when they are used in turn, within a budget of bytes; at least one."""
+    wanted = -(-read_bytes() // max(1, num_bytes))
     return max(1, min(wanted, budget // max(1, num_bytes)))
 
 
