@@ -197,9 +197,7 @@ class _Matmuls:
     def _buffer_type(self, device: int, weight: int, result: int) -> int:
         """Where the weight lies: in the first special kind of buffer whose matmul takes it, as llama.cpp chooses."""
         g, default = self._ggml, self._ggml.backend_dev_buffer_type(device)
-        address = g.backend_reg_get_proc_address(
-            g.backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts"
-        )
+        address = g.backend_reg_get_proc_address(g.backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts")
         if not address:
             return default
         listed = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)(address)(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from bitblas.bench import Candidate, Peer, Skipped, Workload
@@ -53,10 +55,7 @@ def matmul_nbits(accuracy_level: int) -> Peer:
         return Candidate(
             name,
             lambda index: session.run(None, feed),
-            lambda out: max(
-                (workload.check_within(torch.from_numpy(part), limit) for part in out),
-                key=lambda verdict: verdict.error,
-            ),
+            lambda out: workload.check_turned([torch.from_numpy(part) for part in out], limit),
             "float32" if exact else "int8 in blocks",
             exact=exact,
             repeats=copies,
@@ -66,20 +65,21 @@ def matmul_nbits(accuracy_level: int) -> Peer:
 
 
 def _model(weight: Codes, m: int, accuracy_level: int, copies: int) -> bytes:
+    """A node for each copy. Copies are turned by a row each, as no two weights of a model are equal."""
     from onnx import TensorProto, helper, numpy_helper
 
     N, K = weight.codes.shape
     bits, groups, per_byte = weight.bits, K // weight.group, 8 // weight.bits
-    codes = weight.packed().view(N, groups, -1).numpy()
-    scales = weight.scale.reshape(-1).numpy()
+    codes = weight.packed().view(N, groups, -1)
     points = torch.nn.functional.pad(weight.points.to(torch.uint8), (0, -groups % per_byte))
-    points = Codes(points, bits, weight.scale, weight.points, weight.group).packed().reshape(-1).numpy()
+    points = replace(weight, codes=points).packed()
     attributes = {"K": K, "N": N, "bits": bits, "block_size": weight.group, "accuracy_level": accuracy_level}
     nodes, initializers, outputs = [], [], []
     for index in range(copies):
         names = [f"{kind}{index}" for kind in ("B", "S", "Z")]
+        turned = [codes.roll(index, 0), *(tensor.roll(index, 0).view(-1) for tensor in (weight.scale, points))]
         initializers += [
-            numpy_helper.from_array(array, n) for array, n in zip((codes, scales, points), names, strict=True)
+            numpy_helper.from_array(tensor.numpy(), name) for tensor, name in zip(turned, names, strict=True)
         ]
         nodes.append(
             helper.make_node("MatMulNBits", ["A", *names], [f"Y{index}"], domain="com.microsoft", **attributes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitblas.bench import Candidate, Peer, Skipped, Workload
+from bitblas.bench import Candidate, Peer, Skipped, Verdict, Workload
 
 from .operands import LIMITS, Codes, graph_copies, integer_codes
 
@@ -78,10 +78,9 @@ def _candidate(
 ) -> Candidate:
     request, feed = compiled.create_infer_request(), {0: workload.a.float().numpy()}
 
-    def check(result: Any) -> Any:
-        parts = [torch.from_numpy(result[index]).roll(-index, 1) for index in range(copies)]
-        verdicts = [workload.check_within(part, LIMITS[computes]) for part in parts]
-        return max(verdicts, key=lambda verdict: verdict.error)
+    def check(result: Any) -> Verdict:
+        parts = [torch.from_numpy(result[index]) for index in range(copies)]
+        return workload.check_turned(parts, LIMITS[computes])
 
     return Candidate(
         name,
@@ -108,7 +107,7 @@ def _weight(workload: Workload) -> tuple[str, Codes] | None:
 def _model(kind: str, weight: Codes, m: int, copies: int) -> openvino.Model:
     """(codes - points) · scale in float32, and a matmul, for each copy.
 
-    Copies are turned by a row each: what OpenVINO finds to be equal, it may keep but once.
+    Copies are turned by a row each, as no two weights of a model are equal.
     """
     import openvino
     from openvino import opset13 as ops

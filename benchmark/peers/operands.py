@@ -69,7 +69,7 @@ class Codes:
 def integer_codes(workload: Workload) -> Codes | None:
     """The codes of a weight of integers; None for other formats, and for -1 and +1, which are no consecutive integers."""
     config, fmt = workload.config, workload.config.format
-    if not fmt.is_integer or fmt.value_range == (-1, 1) and fmt.bits == 1:
+    if not fmt.is_integer or (fmt.value_range == (-1, 1) and fmt.bits == 1):
         return None
     offset = -fmt.value_range[0]
     codes = (workload.weight.to(torch.int16) + offset).to(torch.uint8)

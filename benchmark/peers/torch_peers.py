@@ -15,7 +15,13 @@ _GROUPS = (32, 64, 128, 256)
 def int4pack(workload: Workload, budget: int) -> Candidate | Skipped:
     """torch's own 4-bit kernel, which multiplies (q - 8)·s + z; with bfloat16 activations, the only ones it is fast for."""
     config, weight = workload.config, integer_codes(workload)
-    if weight is None or weight.bits != 4 or config.group not in _GROUPS or config.with_bias or config.A_dtype == "int8":
+    if (
+        weight is None
+        or weight.bits != 4
+        or config.group not in _GROUPS
+        or config.with_bias
+        or config.A_dtype == "int8"
+    ):
         return Skipped(INT4PACK, "serves 4-bit integers in groups of 32, 64, 128 or 256, and no int8 activations")
     a = workload.a.to(torch.bfloat16)
     try:

@@ -97,7 +97,7 @@ class Probes:
         """The multiply-accumulates of a unit; None where this CPU has none of it."""
         loop = self._library[f"bitblas_peak_{name}"]
         loop.argtypes, loop.restype = [ctypes.c_int64, ctypes.c_int], ctypes.c_int64
-        return self._calibrated(name, threads, False, lambda steps: loop(steps, threads))
+        return self._kept(name, threads, False, lambda steps: loop(steps, threads))
 
     def decode(self, kind: str, threads: int, wide: bool = True) -> Ceiling | None:
         """Weights in registers that are decoded and multiplied with one row; None where there is no such loop.
@@ -114,22 +114,12 @@ class Probes:
         loop = self._library["bitblas_decode"]
         loop.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
         loop.restype = ctypes.c_int64
-        return self._calibrated(
-            f"decode {kind}", threads, wide, lambda steps: loop(kind.encode(), steps, threads, int(wide))
-        )
+        return self._kept(f"decode {kind}", threads, wide, lambda steps: loop(kind.encode(), steps, threads, int(wide)))
 
-    def _calibrated(self, name: str, threads: int, wide: bool, loop: Callable[[int], int]) -> Ceiling | None:
+    def _kept(self, name: str, threads: int, wide: bool, loop: Callable[[int], int]) -> Ceiling | None:
         key = (name, threads, wide)
         if key not in self._known:
-            self._known[key] = None
-            if loop(_FIRST_STEPS) >= 0:
-                taken = []
-                for _ in range(3):
-                    began = time.perf_counter()
-                    loop(_FIRST_STEPS)
-                    taken.append(time.perf_counter() - began)
-                steps = max(1, int(_FIRST_STEPS * CALL_SECONDS / min(taken)))
-                self._known[key] = Ceiling(name, lambda: loop(steps), loop(steps))
+            self._known[key] = None if loop(1) < 0 else _calibrated(name, loop)
         return self._known[key]
 
     def of(self, op: Matmul, m: int, read_bytes: int, threads: int) -> list[Ceiling]:
@@ -140,6 +130,20 @@ class Probes:
             found.append(self.decode(kind, threads, "avx512bw" in op.target.features))
         found.append(self.unit(unit_of(op, m), threads))
         return [ceiling for ceiling in found if ceiling is not None]
+
+
+def _calibrated(name: str, loop: Callable[[int], int]) -> Ceiling:
+    """A ceiling whose call takes about `CALL_SECONDS`."""
+    steps, taken = _FIRST_STEPS, 0.0
+    while taken < CALL_SECONDS / 2:
+        steps *= 2
+        runs = []
+        for _ in range(3):
+            began = time.perf_counter()
+            loop(steps)
+            runs.append(time.perf_counter() - began)
+        taken = min(runs)
+    return Ceiling(name, lambda: loop(steps), loop(steps))
 
 
 def _compile(compiler: str, output: Path) -> ctypes.CDLL:

@@ -127,8 +127,10 @@ def _load_note() -> tuple[str, ...]:
 
 
 def _measure(machine: Machine, probes: Probes) -> Machine:
-    found = {name: probes.unit(name, machine.threads) for name in UNITS}
-    peaks = {name: ceiling and ceiling.rate(_CALLS) for name, ceiling in found.items()}
+    peaks: dict[str, float | None] = {}
+    for name in UNITS:
+        ceiling = probes.unit(name, machine.threads)
+        peaks[name] = ceiling.rate(_CALLS) if ceiling else None
     size, notes = read_bytes(), machine.notes
     if size < READ_TIMES * machine.cache_bytes:
         notes += (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -87,8 +87,8 @@ class Comparison:
         Ours first.
     skipped : tuple of Skipped
         Peers that did not take part.
-    weight_bytes : int
-        Bytes of the codes that a call of ours reads.
+    weight_bytes, static_bytes : int
+        Bytes of the codes that a call of ours reads, and with scales, zeros and bias: what a layer keeps in memory.
     ceilings : dict of str to float
         What the machine did in the same turns, per second: ``"bandwidth"`` bytes read, ``"fma"``, ``"int8"`` or ``"bf16"``
         multiply-accumulates of the unit that our kernel uses, ``"decode …"`` bytes of weights (see `Probes`).
@@ -102,6 +102,7 @@ class Comparison:
     timings: tuple[Timing, ...]
     skipped: tuple[Skipped, ...] = ()
     weight_bytes: int = 0
+    static_bytes: int = 0
     ceilings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -156,6 +157,7 @@ class Comparison:
             "macs": self.macs,
             "moved": self.moved,
             "weight_bytes": self.weight_bytes,
+            "static_bytes": self.static_bytes,
             "ceilings": self.ceilings,
             "timings": [{**t.fields(), "speedup_of_bitblas": self.speedup(t.name)} for t in self.timings],
             "skipped": [asdict(peer) for peer in self.skipped],
@@ -187,6 +189,7 @@ class Comparison:
             timings=tuple(Timing(**timing) for timing in timings),
             skipped=tuple(Skipped(**peer) for peer in found["skipped"]),
             weight_bytes=found["weight_bytes"],
+            static_bytes=found["static_bytes"],
             ceilings=dict(found["ceilings"]),
         )
 
@@ -234,14 +237,18 @@ def compare(
         timings=(timings[0], *timings[1 + len(bounds) :]),
         skipped=tuple(peer for peer in made if isinstance(peer, Skipped)),
         weight_bytes=op.layout.num_bytes,
+        static_bytes=op.layout.num_bytes + _bytes(workload.extras.values()),
         ceilings={bound.name: bound.work / timing.seconds for bound, timing in by_bound if timing.seconds},
     )
 
 
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _moved(op: Matmul, workload: Workload) -> int:
     """Bytes that a call has to read and write."""
-    operands = [workload.a, *workload.extras.values()]
-    read = op.layout.num_bytes + sum(t.numel() * t.element_size() for t in operands)
+    read = op.layout.num_bytes + _bytes([workload.a, *workload.extras.values()])
     return read + workload.m * op.config.N * getattr(torch, op.config.out_dtype).itemsize
 
 

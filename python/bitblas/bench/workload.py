@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -134,6 +134,11 @@ class Workload:
         assert isinstance(out, torch.Tensor)
         size = float(self.expected.square().mean().sqrt()) or 1.0
         return self._verdict(self.error(out), limit * size)
+
+    def check_turned(self, outs: Sequence[torch.Tensor], limit: float) -> Verdict:
+        """The worst verdict on results of copies of the weight of which the i-th begins with the last i rows."""
+        verdicts = [self.check_within(out.roll(-index, -1), limit) for index, out in enumerate(outs)]
+        return Verdict(max(verdict.error for verdict in verdicts), all(verdict.right for verdict in verdicts))
 
 
 def draw_workload(config: MatmulConfig, m: int, seed: int = 0) -> Workload:
