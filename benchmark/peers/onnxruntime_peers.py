@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from bitblas.bench import Candidate, Peer, Skipped, Workload
 
-from .operands import LIMITS, Codes, graph_copies, integer_codes
+from .operands import LIMITS, Codes, graph_copies, integer_codes, keep
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 NAME = "onnxruntime MatMulNBits {}"
 _BITS, _BLOCKS = (2, 4, 8), (16, 32, 64, 128, 256)
@@ -38,19 +42,18 @@ def matmul_nbits(accuracy_level: int) -> Peer:
             import onnxruntime
         except ImportError as error:
             return Skipped(name, f"{error}: pip install 'bitblas[bench]'", missing=True)
-        a = workload.a.float()
-        copies = graph_copies(weight, workload.m, budget)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
+        copies, threads = graph_copies(weight, workload.m, budget), torch.get_num_threads()
         failures = onnxruntime.capi.onnxruntime_pybind11_state
         try:
-            model = _model(weight.in_groups(group), workload.m, accuracy_level, copies)
-            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            session = keep(
+                name,
+                workload,
+                (copies, threads),
+                lambda: _session(_model(weight.in_groups(group), accuracy_level, copies), threads),
+            )
         except (failures.Fail, failures.NotImplemented, failures.InvalidGraph, RuntimeError, ValueError) as error:
             return Skipped(name, f"this onnxruntime cannot: {str(error).splitlines()[0]}")
-        feed = {"A": a.numpy()}
+        feed = {"A": workload.a.float().numpy()}
         limit = LIMITS["float32" if exact else "int8"]
         return Candidate(
             name,
@@ -64,7 +67,17 @@ def matmul_nbits(accuracy_level: int) -> Peer:
     return make
 
 
-def _model(weight: Codes, m: int, accuracy_level: int, copies: int) -> bytes:
+def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _model(weight: Codes, accuracy_level: int, copies: int) -> bytes:
     """A node for each copy. Copies are turned by a row each, as no two weights of a model are equal."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -84,8 +97,8 @@ def _model(weight: Codes, m: int, accuracy_level: int, copies: int) -> bytes:
         nodes.append(
             helper.make_node("MatMulNBits", ["A", *names], [f"Y{index}"], domain="com.microsoft", **attributes)
         )
-        outputs.append(helper.make_tensor_value_info(f"Y{index}", TensorProto.FLOAT, [m, N]))
-    inputs = [helper.make_tensor_value_info("A", TensorProto.FLOAT, [m, K])]
+        outputs.append(helper.make_tensor_value_info(f"Y{index}", TensorProto.FLOAT, ["m", N]))
+    inputs = [helper.make_tensor_value_info("A", TensorProto.FLOAT, ["m", K])]
     graph = helper.make_graph(nodes, "matmul", inputs, outputs, initializers)
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=imports, ir_version=9).SerializeToString()

@@ -9,7 +9,7 @@ import torch
 
 from bitblas.bench import Candidate, Peer, Skipped, Verdict, Workload
 
-from .operands import LIMITS, Codes, graph_copies, integer_codes
+from .operands import LIMITS, Codes, graph_copies, integer_codes, keep
 
 if TYPE_CHECKING:
     import openvino
@@ -48,17 +48,19 @@ def compressed_matmul(name: str, precision: str = "f32", dynamic_group: int = 0)
         if found is None:
             return Skipped(name, "serves nf4 and integers of 2, 4 and 8 bits")
         kind, weight = found
-        copies = graph_copies(weight, workload.m, budget)
+        copies, threads = graph_copies(weight, workload.m, budget), torch.get_num_threads()
+        asked = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": precision,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": dynamic_group,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         try:
-            compiled = openvino.Core().compile_model(
-                _model(kind, weight, workload.m, copies),
-                "CPU",
-                {
-                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                    "INFERENCE_PRECISION_HINT": precision,
-                    "DYNAMIC_QUANTIZATION_GROUP_SIZE": dynamic_group,
-                    "PERFORMANCE_HINT": "LATENCY",
-                },
+            compiled = keep(
+                name,
+                workload,
+                (copies, threads),
+                lambda: openvino.Core().compile_model(_model(kind, weight, copies), "CPU", asked),
             )
         except RuntimeError as error:
             return Skipped(name, f"this OpenVINO cannot: {str(error).splitlines()[0]}")
@@ -104,7 +106,7 @@ def _weight(workload: Workload) -> tuple[str, Codes] | None:
     return _TYPES[weight.bits], weight
 
 
-def _model(kind: str, weight: Codes, m: int, copies: int) -> openvino.Model:
+def _model(kind: str, weight: Codes, copies: int) -> openvino.Model:
     """(codes - points) · scale in float32, and a matmul, for each copy.
 
     Copies are turned by a row each, as no two weights of a model are equal.
@@ -113,7 +115,7 @@ def _model(kind: str, weight: Codes, m: int, copies: int) -> openvino.Model:
     from openvino import opset13 as ops
 
     (N, K), group, packed = weight.codes.shape, weight.group, weight.packed()
-    a = ops.parameter([m, K], openvino.Type.f32, name="a")
+    a = ops.parameter([-1, K], openvino.Type.f32, name="a")
 
     def constant(codes: torch.Tensor, last: int) -> Any:
         stored = openvino.Tensor(getattr(openvino.Type, kind), openvino.Shape([N, K // group, last]))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
 from bitblas.bench import Workload, num_copies
+
+T = TypeVar("T")
 
 #: How far a peer's result may be from the reference, over the reference's root mean square, by what it computes in. Sums in
 #: float32 come to 1e-5; bfloat16 activations and outputs to some 3e-2. Activations in int8, by groups of 32 to 256 and scaled
@@ -66,8 +70,25 @@ class Codes:
         return (parts << shifts).sum(-1, dtype=torch.uint8) if per_byte > 1 else self.codes
 
 
+_kept: dict[str, tuple[torch.Tensor, tuple[object, ...], Any]] = {}
+
+
+def keep(name: str, workload: Workload, key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """What was made last under a name, if it was of the same weight, which cells that differ in rows have, and key."""
+    weight, old, made = _kept.get(name, (None, (), None))
+    if weight is not workload.weight or old != key:
+        _kept.pop(name, None)
+        made = make()
+        _kept[name] = (workload.weight, key, made)
+    return made
+
+
 def integer_codes(workload: Workload) -> Codes | None:
     """The codes of a weight of integers; None for other formats, and for -1 and +1, which are no consecutive integers."""
+    return keep("codes", workload, (), lambda: _integer_codes(workload))
+
+
+def _integer_codes(workload: Workload) -> Codes | None:
     config, fmt = workload.config, workload.config.format
     if not fmt.is_integer or (fmt.value_range == (-1, 1) and fmt.bits == 1):
         return None
