@@ -178,6 +178,6 @@ def _memory(results: Results) -> Any:
     axis.invert_yaxis()
     axis.set_xlabel("MB")
     axis.set_xlim(0, 1.18 * max(dense for _, _, dense in found.values()) / 1e6)
-    axis.legend(fontsize=7, loc="lower right")
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
     figure.tight_layout()
     return figure
