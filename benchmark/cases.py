@@ -162,8 +162,8 @@ def full() -> list[Case]:
 
 def quick() -> list[Case]:
     """The headline shape, a few formats and rows, one small shape: less than five minutes."""
-    found = [uint4("float16", HEADLINE, (1, 16, 128)), uint4("bfloat16", HEADLINE, (1, 128))]
-    found += [case("int8", "int4", HEADLINE, (1, 16, 128)), case("int8", "int2", HEADLINE, (1, 128))]
+    found = [uint4("float16", HEADLINE, (1, 16, 128, 512)), uint4("bfloat16", HEADLINE, (1, 128))]
+    found += [case("int8", "int4", HEADLINE, (1, 16, 128, 512)), case("int8", "int2", HEADLINE, (1, 128))]
     found += [scaled_integers((1,))]
     found += [case("float16", name, HEADLINE, (1,)) for name in ("uint1", "uint2", "uint3", "nf4", "int8")]
     return found + [each for each in small((1, 16)) if each.shape == (1024, 1024)]

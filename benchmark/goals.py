@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -57,11 +58,14 @@ class Finding:
         The number and what it is of, or why there is none.
     complete : bool
         Whether all that it depends on was measured: else it can fail, but not pass.
+    most : float
+        What the number could be at most, if ours took no longer than what binds it takes.
     """
 
     value: float | None
     text: str
     complete: bool = True
+    most: float = math.inf
 
 
 def over(*peers: str) -> Callable[[Comparison], Finding]:
@@ -82,7 +86,9 @@ def over(*peers: str) -> Callable[[Comparison], Finding]:
             return Finding(None, f"no time of {' or '.join(away)}" if away else "no peer serves it")
         name = min(speeds, key=lambda name: speeds[name])
         text = f"{speeds[name]:.2f}×" + (f" {name}" if len(peers) > 1 else "")
-        return Finding(speeds[name], text + (f", without {', '.join(away)}" if away else ""), not away)
+        bound = row.roofline()
+        most = speeds[name] / bound[1] if bound else math.inf
+        return Finding(speeds[name], text + (f", without {', '.join(away)}" if away else ""), not away, most)
 
     return find
 
@@ -179,7 +185,8 @@ class Rule:
         if found.value is None:
             return Goal(place, self.asked, found.text, None, self.group)
         passed = found.value >= self.least and (found.complete or None)
-        return Goal(place, self.asked, found.text, passed, self.group, found.value / self.least)
+        text = found.text + (f", {found.most:.2f} at its limit" if found.most < self.least else "")
+        return Goal(place, self.asked, text, passed, self.group, found.value / self.least)
 
 
 UINT4 = r"float(16|32) x uint4 g128 \+ zeros"

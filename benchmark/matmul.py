@@ -19,8 +19,8 @@ from . import cases, costs, goals, peers
 from .progress import Progress, estimate
 from .report import Report
 
-#: Seconds for each candidate in each cell.
-SECONDS, QUICK_SECONDS = 0.3, 0.15
+#: Seconds for each candidate in each cell, and minutes after which the short run begins no cell, on any machine.
+SECONDS, QUICK_SECONDS, QUICK_MINUTES = 0.3, 0.2, 4.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in --out: what is there is not measured again"
     )
-    parser.add_argument("--minutes", type=float, help="begin no cell after so long; --resume does the rest")
+    parser.add_argument(
+        "--minutes", type=float, help=f"begin no cell after so long; --resume does the rest (--quick: {QUICK_MINUTES})"
+    )
     return parser
 
 
@@ -76,8 +78,8 @@ def _run(options: argparse.Namespace) -> Report:
     found = cases.quick() if options.quick else cases.full()
     found = goals.concerned(found) if options.goals else found
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    deadline = began + 60 * options.minutes if options.minutes else float("inf")
-    session = Session(report, probes, seconds, options.out, deadline, options.peers)
+    minutes = options.minutes or (QUICK_MINUTES if options.quick else float("inf"))
+    session = Session(report, probes, seconds, options.out, began + 60 * minutes, options.peers)
     session.measure(cases.Filter(options.match, options.rows, options.shapes).apply(found))
     if not options.quick and options.match in "costs" and not report.costs and not session.is_late:
         for goal in costs.cost_goals():

@@ -203,7 +203,7 @@ class Report:
 
     def _tables(self) -> tuple[str, str]:
         """Of peers that compute with exact float activations, and of all others."""
-        floats = [(name, row) for name, row in self.results if row.workload["A_dtype"] != "int8"]
+        floats = [each for each in self.results if each[1].workload["A_dtype"] != "int8" and each[1].ours.exact]
         names = _names(self.results)
         exact = _table(floats, [name for name in names if _is_exact(floats, name)])
         quantizing = [name for name in names if not _is_exact(self.results, name)]

@@ -117,24 +117,35 @@ int64_t bitblas_peak_bf16(int64_t steps, int threads) {
   return -1;
 }
 
-/* Write `words` 64-bit words, each thread those that it will read: memory comes to be where it is first touched. */
-void bitblas_fill(uint64_t* data, int64_t words, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t block = 0; block < words / 64; ++block)
-    for (int64_t i = block * 64; i < block * 64 + 64; ++i) data[i] = (uint64_t)i * 0x9E3779B97F4A7C15u;
+/* Memory is read as `STREAMS` consecutive streams a thread, a cache line of each in turn: with one the prefetchers of a Zen 4
+ * reached 33 GB/s, with two 38, with four and with eight 43. */
+enum { STREAMS = 4, LINE_WORDS = 8 };
+
+static int64_t stream_words(int64_t words, int threads) {
+  return words / threads / STREAMS / LINE_WORDS * LINE_WORDS;
 }
 
-/* Read `words` 64-bit words once, each thread its own consecutive part; return their bytes. `checksum` is there to be used. */
+/* Write `words` 64-bit words, each thread those that it will read: memory comes to be where it is first touched. */
+void bitblas_fill(uint64_t* data, int64_t words, int threads) {
+  int64_t part = stream_words(words, threads) * STREAMS;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int thread = 0; thread < threads; ++thread)
+    for (int64_t i = thread * part; i < (thread + 1) * part; ++i) data[i] = (uint64_t)i * 0x9E3779B97F4A7C15u;
+}
+
+/* Read `words` 64-bit words once, each thread its own part; return the bytes. `checksum` is there to be used. */
 int64_t bitblas_read(const uint64_t* data, int64_t words, int threads, uint64_t* checksum) {
+  int64_t length = stream_words(words, threads);
   uint64_t sum = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(^ : sum)
-  for (int64_t block = 0; block < words / 64; ++block) {
-    const uint64_t* part = data + block * 64;
-    uint64_t lanes[8] = {0};
-    for (int i = 0; i < 64; i += 8)
-      for (int lane = 0; lane < 8; ++lane) lanes[lane] ^= part[i + lane];
-    sum ^= lanes[0] ^ lanes[1] ^ lanes[2] ^ lanes[3] ^ lanes[4] ^ lanes[5] ^ lanes[6] ^ lanes[7];
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(^ : sum)
+  for (int thread = 0; thread < threads; ++thread) {
+    const uint64_t* part = data + thread * length * STREAMS;
+    uint64_t lanes[LINE_WORDS] = {0};
+    for (int64_t i = 0; i < length; i += LINE_WORDS)
+      for (int stream = 0; stream < STREAMS; ++stream)
+        for (int lane = 0; lane < LINE_WORDS; ++lane) lanes[lane] ^= part[stream * length + i + lane];
+    for (int lane = 0; lane < LINE_WORDS; ++lane) sum ^= lanes[lane];
   }
   *checksum = sum;
-  return words / 64 * 512;
+  return length * STREAMS * threads * (int64_t)sizeof(uint64_t);
 }

@@ -256,11 +256,14 @@ def _ours(op: Matmul, workload: Workload, budget: int, name: str = OURS) -> Cand
     weights = rotate(op.transform_weight(workload.weight), budget)
     a, extras = workload.a, workload.extras
     out = torch.empty(workload.m, op.config.N, dtype=getattr(torch, op.config.out_dtype))
+    quantizes = getattr(op.config, "dynamic_quantization", None)
+    computes = {"int8": "int32", "bf16": "bfloat16 in, float32 sums"}.get(unit_of(op, workload.m), "float32")
     return Candidate(
         name,
         lambda index: op(a, weights[index % len(weights)], **extras, output=out),
         workload.check,
-        {"int8": "int32", "bf16": "bfloat16 in, float32 sums"}.get(unit_of(op, workload.m), "float32"),
+        f"int8 by {quantizes}" if quantizes else computes,
+        exact=not quantizes,
     )
 
 

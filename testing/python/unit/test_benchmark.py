@@ -94,6 +94,14 @@ def test_the_best_of_the_int8_peers_counts():
     assert not verdicts(cell(64, times, "int8 x int4", shape=(8192, 8192)))
 
 
+def test_a_goal_that_the_machine_does_not_allow_says_so():
+    times = {"bitblas": 1e-3, "torch float32": 1.2e-3}
+    slow, fast = ({"fma": 128 * 4096 * 4096 / limit} for limit in (0.95e-3, 0.9e-3))
+    group = "exact uint4, M ≥ 16: torch"
+    assert verdicts(cell(128, times, ceilings=slow))[group][0].measured == "1.20×, 1.26 at its limit"
+    assert verdicts(cell(128, times, ceilings=fast))[group][0].measured == "1.20×"
+
+
 def test_a_goal_cannot_pass_without_a_peer_that_is_away():
     times = {"bitblas": 1e-3, "torch _int_mm": 4e-3, "onnxruntime MatMulNBits 4": 5e-3, "OpenVINO dynamic 128": 3e-3}
     group = "int8 × 4 and 2 bits, M ≥ 64: best peer"
