@@ -17,7 +17,7 @@ from pathlib import Path
 from bitblas.bench import Comparison, Machine
 from bitblas.build import toolchain
 
-from . import cases, goals, plots
+from . import cases, goals, peers, plots
 from .goals import Goal, shape_of
 
 JSON_FILE, MARKDOWN_FILE = "matmul.json", "matmul.md"
@@ -223,9 +223,13 @@ class Report:
             for timing in row.timings
             if timing.seconds is None
         )
-        reasons = sorted({f"- {peer.name}: {peer.reason}" for _, row in self.results for peer in row.skipped})
+        reasons: dict[str, dict[str, None]] = {}
+        for _, row in self.results:
+            for peer in row.skipped:
+                reasons.setdefault(peer.name, {})[peer.reason] = None
+        lines = [f"- {name}: {'; '.join(reasons[name])}" for name in sorted(reasons, key=_place)]
         parts = ["Wrong results:\n\n" + "\n".join(wrong)] if wrong else []
-        parts += ["Not measured where a peer cannot:\n\n" + "\n".join(reasons)] if reasons else []
+        parts += ["Not measured where a peer cannot:\n\n" + "\n".join(lines)] if lines else []
         return "\n\n".join(parts)
 
 
@@ -235,9 +239,14 @@ def _rate(name: str, rates: Sequence[float]) -> str:
 
 
 def _names(results: Iterable[tuple[str, Comparison]]) -> list[str]:
-    """The peers that took part, in the order of their first appearance, without variants of ours."""
+    """The peers that took part, in the order of `peers.PEERS`, without variants of ours."""
     found = dict.fromkeys(timing.name for _, row in results for timing in row.timings[1:])
-    return [name for name in found if name not in cases.VARIANTS]
+    return sorted((name for name in found if name not in cases.VARIANTS), key=_place)
+
+
+def _place(name: str) -> int:
+    names = list(peers.PEERS)
+    return names.index(name) if name in names else len(names)
 
 
 def _is_exact(results: Iterable[tuple[str, Comparison]], name: str) -> bool:

@@ -48,6 +48,8 @@ def compressed_matmul(name: str, precision: str = "f32", dynamic_group: int = 0)
         if found is None:
             return Skipped(name, "serves nf4 and integers of 2, 4 and 8 bits")
         kind, weight = found
+        if kind == "nf4" and not exact:
+            return Skipped(name, "leaves activations as they are for nf4")
         copies, threads = graph_copies(weight, workload.m, budget), torch.get_num_threads()
         asked = {
             "INFERENCE_NUM_THREADS": threads,

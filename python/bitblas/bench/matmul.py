@@ -279,8 +279,8 @@ def own_variant(name: str, **changes: object) -> Peer:
     """
 
     def make(workload: Workload, budget: int) -> Candidate | Skipped:
-        config = replace(workload.config, M=workload.m, **changes)  # type: ignore[arg-type]
         try:
+            config = replace(workload.config, **changes)  # type: ignore[arg-type]
             op = Matmul(config)
         except BitBLASError as error:
             return Skipped(name, str(error))

@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 import importlib.util
 import json
+import types
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from benchmark import cases, goals, matmul, peers, plots, progress, report
 from benchmark.peers import ggml_peers, operands
 
 from bitblas import BitBLASError
-from bitblas.bench import Comparison, Machine, Skipped, Timing, draw_workload
+from bitblas.bench import Comparison, Machine, Skipped, Timing, draw_workload, own_variant
+from bitblas.bench import matmul as matmul_module
 
 MACHINE = Machine("cpu", "isa", 2, 32 << 20, bandwidth=3e10, fma=1e11, int8=4e11)
 UINT4 = "float16 x uint4 g128 + zeros"
@@ -261,8 +263,8 @@ def test_markdown():
     assert exact[0][5:] == ["torch float32", "OpenVINO"]
     assert exact[2] == [UINT4, "4096 × 4096", "1", "400", "70% bandwidth", "3000 (7.50)", "wrong"]
     assert [row[0] for row in exact[2:]] == [UINT4] * 3  # no int8
-    assert quantized[0][5:] == ["OpenVINO dynamic 128", "torch _int_mm", "ggml Q4_0"]
-    assert quantized[-1][-3:] == ["–", "500 (2.50)", "300 (1.50)"]
+    assert quantized[0][5:] == ["torch _int_mm", "OpenVINO dynamic 128", "ggml Q4_0"]
+    assert quantized[-1][-3:] == ["500 (2.50)", "–", "300 (1.50)"]
     assert beside[2][3:] == ["400", "float32 activations", "410 (1.02)"]
     assert memory[2] == [UINT4, "4096 × 4096", "8.39", "33.55", "25%"]
     assert memory[3] == ["int8 x int4", "4096 × 4096", "8.39", "16.78", "50%"]
@@ -442,8 +444,9 @@ SERVED = {
     "torch bfloat16": [("bfloat16", "uint4", "quantized")],
     "torch int4pack": [("float16", "uint4", "quantized"), ("float32", "int4", None)],
     "torch _int_mm": [("int8", "int4", None), ("int8", "int2", None)],
-    "onnxruntime MatMulNBits 0": [("float16", "uint4", "quantized"), ("float32", "int4", None), ("float16", "uint2", None)],
-    "onnxruntime MatMulNBits 4": [("float32", "uint4", "quantized"), ("int8", "int4", None), ("int8", "int2", None)],
+    "onnxruntime MatMulNBits 0": [("float16", "uint4", "quantized"), ("float32", "int4", None)],
+    "onnxruntime MatMulNBits 4": [("float32", "uint4", "quantized"), ("int8", "int4", None), ("int8", "int2", None),
+                                  ("float16", "uint8", None)],
     "OpenVINO": [("float16", "uint4", "quantized"), ("float32", "int4", None), ("float16", "uint2", None),
                  ("float16", "nf4", None), ("float16", "int8", None), ("float16", "uint8", "original")],
     "OpenVINO bf16": [("bfloat16", "uint4", "quantized")],
@@ -539,6 +542,36 @@ def test_peers_are_chosen_by_case_and_name():
     assert set(session(None, "ggml").peers_of(cases.case("int8", "int4", cases.HEADLINE, (1,)))) == {
         "torch float32", "ggml Q4_0", "ggml Q4_1", "ggml Q8_0", "ggml TQ2_0"
     }  # fmt: skip
+
+
+def test_a_variant_has_operands_of_its_own(monkeypatch):
+    made = {}
+
+    def ours(op, work, budget, name):
+        made[name] = op.config, work
+        return name
+
+    monkeypatch.setattr(matmul_module, "Matmul", Operator)
+    monkeypatch.setattr(matmul_module, "_ours", ours)
+    work = workload("float16", "uint4", "quantized", 3)
+    assert own_variant("other", **cases.VARIANTS[cases.FLOAT32_VARIANT])(work, 1) == "other"
+    config, own = made["other"]
+    assert config == dataclasses.replace(work.config, A_dtype="float32", out_dtype="float32")
+    assert (own.m, own.a.dtype, own.scale.dtype) == (3, torch.float32, torch.float32)
+    monkeypatch.undo()
+    refused = own_variant("none", A_dtype="int8", W_dtype="nf4", out_dtype="int32", with_scaling=False)(work, 1)
+    assert isinstance(refused, Skipped)
+    assert not refused.missing
+
+
+def test_ours_is_not_exact_where_it_quantizes(monkeypatch):
+    monkeypatch.setattr(matmul_module, "unit_of", lambda op, m: "int8")
+    work = workload("float16", "int4", None, 2)
+    for how, computes in (("row", "int8 by row"), (None, "int32")):
+        config = types.SimpleNamespace(N=32, out_dtype="float16", dynamic_quantization=how)
+        op = types.SimpleNamespace(config=config, transform_weight=lambda weight: weight)
+        found = matmul_module._ours(op, work, 1)
+        assert (found.exact, found.computes) == (how is None, computes)
 
 
 # -- weights as others take them -------------------------------------------------------------------------------------------
