@@ -167,29 +167,53 @@ BYTES_512(float8_e5m2)
 BYTES_512(float8_e4m3)
 #undef WEIGHT
 
-/* int8 activations: a shift and a mask leave four codes in the bytes of a word, for one dot product of bytes. */
-#define DOTS_512(bits, num_words)                                                              \
-  LOOP(V512 ",avx512vnni") void dots##bits##_512(int64_t steps, const float* a) {            \
-    __m512i sums[SUMS], words[num_words], mask = _mm512_set1_epi8((char)((1 << bits) - 1));    \
-    const int32_t* quads = (const int32_t*)a;                                                  \
-    UNROLL for (int i = 0; i < SUMS; ++i) sums[i] = _mm512_setzero_si512();                    \
-    UNROLL for (int i = 0; i < num_words; ++i) words[i] = _mm512_set1_epi32(0x12345678 + i);   \
-    OPAQUE(mask);                                                                              \
-    for (int64_t i = 0; i < steps; ++i) {                                                      \
-      const int32_t* part = quads + (i % A_STEPS) * A_STEP;                                    \
-      OPAQUE_ALL(words);                                                                       \
-      UNROLL for (int k = 0; k < num_words * 8 / bits; ++k) {                                  \
-        __m512i code = shifted_512(words[k * bits / 8], k * bits % 8);                         \
-        if (bits < 8) code = _mm512_and_si512(code, mask);                                     \
-        sums[k % SUMS] = _mm512_dpbusd_epi32(sums[k % SUMS], code, _mm512_set1_epi32(part[k])); \
-      }                                                                                        \
-    }                                                                                          \
-    UNROLL for (int i = 0; i < SUMS; ++i) OPAQUE(sums[i]);                                     \
+/* int8 activations: the codes of four consecutive k, one a byte, as unsigned numbers, for a dot product of bytes. `words` holds
+ * those of the widest plane, then of the next; a word has the codes of 32 / width k of a lane. */
+INLINE(V512) __m512i quad_512(const __m512i* words, int bits, int k, __m512i low_mask, __m512i more, __m512i all) {
+  int width = bits == 3 ? 2 : bits > 4 && bits < 8 ? 4 : bits;
+  int num_words = bits == 3 || bits == 6 ? 2 : 4; /* of the widest plane, where there are others */
+  __m512i code = shifted_512(words[k * width / 8], k * width % 8);
+  if (bits == 8) return code;
+  if (bits == 3 || bits == 5) code = select_512(low_mask, code, shifted_512(words[num_words], k - width));
+  if (bits > 5) code = select_512(low_mask, code, shifted_512(words[num_words + k / 4], k % 4 * 2 - 4));
+  if (bits == 7) code = select_512(more, code, shifted_512(words[num_words + 2], k - 6));
+  return _mm512_and_si512(code, all);
+}
+
+/* With `slices` the activations are sums of so many bytes, each of which is multiplied by itself. */
+#define DOTS_512(bits, slices, num_words, quads)                                                              \
+  LOOP(V512 ",avx512vnni") void dots##bits##x##slices##_512(int64_t steps, const float* a) {                  \
+    enum { DOT_SUMS = slices == 1 ? SUMS : 4 * slices };                                                      \
+    __m512i sums[DOT_SUMS], words[num_words], all = _mm512_set1_epi8((char)((1 << bits) - 1));                \
+    __m512i low_mask = _mm512_set1_epi8(bits == 3 ? 3 : 15), more = _mm512_set1_epi8(63);                     \
+    UNROLL for (int i = 0; i < DOT_SUMS; ++i) sums[i] = _mm512_setzero_si512();                               \
+    UNROLL for (int i = 0; i < num_words; ++i) words[i] = _mm512_set1_epi32(0x12345678 + i);                  \
+    OPAQUE(all); OPAQUE(low_mask); OPAQUE(more);                                                              \
+    for (int64_t i = 0; i < steps; ++i) {                                                                     \
+      const int32_t* part = (const int32_t*)a + (i % A_STEPS) * A_STEP;                                       \
+      OPAQUE_ALL(words);                                                                                      \
+      UNROLL for (int k = 0; k < quads; ++k) {                                                                \
+        __m512i code = quad_512(words, bits, k, low_mask, more, all);                                         \
+        UNROLL for (int slice = 0; slice < slices; ++slice) {                                                 \
+          int product = k * slices + slice;                                                                   \
+          __m512i* sum = sums + product % DOT_SUMS;                                                           \
+          *sum = _mm512_dpbusd_epi32(*sum, code, _mm512_set1_epi32(part[product]));                           \
+        }                                                                                                     \
+      }                                                                                                       \
+    }                                                                                                         \
+    UNROLL for (int i = 0; i < DOT_SUMS; ++i) OPAQUE(sums[i]);                                                \
   }
-DOTS_512(1, 2)
-DOTS_512(2, 2)
-DOTS_512(4, 4)
-DOTS_512(8, 8)
+#define DOTS(slices)        \
+  DOTS_512(1, slices, 1, 8) \
+  DOTS_512(2, slices, 2, 8) \
+  DOTS_512(3, slices, 3, 8) \
+  DOTS_512(4, slices, 4, 8) \
+  DOTS_512(5, slices, 5, 8) \
+  DOTS_512(6, slices, 3, 4) \
+  DOTS_512(7, slices, 7, 8) \
+  DOTS_512(8, slices, 8, 8)
+DOTS(1)
+DOTS(3)
 
 /* bfloat16 activations: a lookup in 16 bits, for two products a lane. */
 LOOP(V512 ",avx512bf16") void pairs4_512(int64_t steps, const float* a) {
@@ -269,10 +293,22 @@ static const struct {
     {"int8", AVX512, 8 * 16, int8_512},
     {"float8_e4m3", AVX512, 8 * 16, float8_e4m3_512},
     {"float8_e5m2", AVX512, 8 * 16, float8_e5m2_512},
-    {"dots1", VNNI, 2 * 64, dots1_512},
-    {"dots2", VNNI, 2 * 64, dots2_512},
-    {"dots4", VNNI, 4 * 64, dots4_512},
-    {"dots8", VNNI, 8 * 64, dots8_512},
+    {"dots1", VNNI, 1 * 64, dots1x1_512},
+    {"dots2", VNNI, 2 * 64, dots2x1_512},
+    {"dots3", VNNI, 3 * 64, dots3x1_512},
+    {"dots4", VNNI, 4 * 64, dots4x1_512},
+    {"dots5", VNNI, 5 * 64, dots5x1_512},
+    {"dots6", VNNI, 3 * 64, dots6x1_512},
+    {"dots7", VNNI, 7 * 64, dots7x1_512},
+    {"dots8", VNNI, 8 * 64, dots8x1_512},
+    {"dots1x3", VNNI, 1 * 64, dots1x3_512},
+    {"dots2x3", VNNI, 2 * 64, dots2x3_512},
+    {"dots3x3", VNNI, 3 * 64, dots3x3_512},
+    {"dots4x3", VNNI, 4 * 64, dots4x3_512},
+    {"dots5x3", VNNI, 5 * 64, dots5x3_512},
+    {"dots6x3", VNNI, 3 * 64, dots6x3_512},
+    {"dots7x3", VNNI, 7 * 64, dots7x3_512},
+    {"dots8x3", VNNI, 8 * 64, dots8x3_512},
     {"pairs4", BF16, 2 * 64, pairs4_512},
     {"table1", AVX2, 2 * 32, table1_256},
     {"table2", AVX2, 2 * 32, table2_256},

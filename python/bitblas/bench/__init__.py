@@ -1,6 +1,6 @@
 """Measuring: candidates side by side on weights that come from memory, each checked against a float64 reference."""
 
-from .ceilings import Ceiling, Probes, decode_kind, unit_of
+from .ceilings import Ceiling, Probes, decode_kind, products_of, unit_of
 from .machine import Machine, cache_bytes, measure_machine
 from .matmul import (
     Comparison,
@@ -35,6 +35,7 @@ __all__ = [
     "measure_machine",
     "num_copies",
     "own_variant",
+    "products_of",
     "rotate",
     "side_by_side",
     "torch_dense",

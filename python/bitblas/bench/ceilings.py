@@ -15,6 +15,7 @@ import torch
 from ..build import find_compiler
 from ..errors import BuildError
 from ..ops import Matmul
+from ..schedule import Tiling
 from ..sources import source_dir
 from .timing import Candidate, Verdict
 
@@ -123,12 +124,17 @@ class Probes:
         return self._known[key]
 
     def of(self, op: Matmul, m: int, read_bytes: int, threads: int) -> list[Ceiling]:
-        """What may bind the kernel that an operator runs for m rows: reading, decoding, multiplying."""
+        """What may bind the kernel that an operator runs for m rows, reading, decoding, multiplying; and float32 products.
+
+        The last are what float activations are held against even where another unit multiplies them.
+        """
         found: list[Ceiling | None] = [self.bandwidth(read_bytes, threads)] if m < _MANY_ROWS else []
-        kind = decode_kind(op, m)
+        kind, unit = decode_kind(op, m), unit_of(op, m)
         if m == 1 and kind:
             found.append(self.decode(kind, threads, "avx512bw" in op.target.features))
-        found.append(self.unit(unit_of(op, m), threads))
+        found.append(self.unit(unit, threads))
+        if unit != "fma" and not op.config.integer_products:
+            found.append(self.unit("fma", threads))
         return [ceiling for ceiling in found if ceiling is not None]
 
 
@@ -155,29 +161,33 @@ def _compile(compiler: str, output: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(output))
 
 
-def _kernel(op: Matmul, m: int) -> tuple[str, str]:
-    """The rule and the kind of dot product of the kernel that runs for m rows."""
+def _tiling(op: Matmul, m: int) -> Tiling:
+    """Of the kernel that runs for m rows."""
     buckets = op.plan.buckets
     name = next((name for most, name in buckets if m <= most), buckets[-1][1])
-    kernel = next(kernel for kernel in op.plan.kernels if kernel.name == name)
-    return kernel.rule, kernel.tiling.dot
+    return next(kernel.tiling for kernel in op.plan.kernels if kernel.name == name)
 
 
 def unit_of(op: Matmul, m: int) -> str:
     """Which unit multiplies for m rows: ``"int8"``, ``"bf16"`` or ``"fma"``."""
-    rule, dot = _kernel(op, m)
-    return "bf16" if "bf16" in f"{rule} {dot}" else "int8" if dot else "fma"
+    dot = _tiling(op, m).dot
+    return "bf16" if dot == "bf16" else "int8" if dot else "fma"
+
+
+def products_of(op: Matmul, m: int) -> int:
+    """How many products of its unit make one multiply-accumulate for m rows: of each slice of a float activation one."""
+    return _tiling(op, m).slices or 1
 
 
 def decode_kind(op: Matmul, m: int) -> str:
     """By which kind of loop in `src/cpu/decode.c` the weights are decoded for one row; empty where there is none."""
-    fmt, unit = op.config.format, unit_of(op, m)
+    fmt, unit, products = op.config.format, unit_of(op, m), products_of(op, m)
     if fmt.is_native:
         return ""
     if unit == "bf16":
         return f"pairs{fmt.bits}"
     if unit == "int8":
-        return f"dots{fmt.bits}"
+        return f"dots{fmt.bits}" + (f"x{products}" if products > 1 else "")
     if fmt.codebook:
         return f"codebook{fmt.bits}"
     if fmt.bits == 8:

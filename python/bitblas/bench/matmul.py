@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..errors import ArgumentError, BitBLASError
 from ..ops import Matmul
-from .ceilings import Probes, unit_of
+from .ceilings import Probes, products_of, unit_of
 from .machine import Machine, read_bytes
 from .timing import Candidate, Timing, side_by_side
 from .workload import Workload, draw_workload
@@ -90,8 +90,12 @@ class Comparison:
     weight_bytes, static_bytes : int
         Bytes of the codes that a call of ours reads, and with scales, zeros and bias: what a layer keeps in memory.
     ceilings : dict of str to float
-        What the machine did in the same turns, per second: ``"bandwidth"`` bytes read, ``"fma"``, ``"int8"`` or ``"bf16"``
-        multiply-accumulates of the unit that our kernel uses, ``"decode …"`` bytes of weights (see `Probes`).
+        What the machine did in the same turns, per second: ``"bandwidth"`` bytes read, ``"fma"``, ``"int8"`` and ``"bf16"``
+        multiply-accumulates of a unit, ``"decode …"`` bytes of weights (see `Probes`).
+    unit : str
+        The one of these units that our kernel uses.
+    products : int
+        How many of its multiply-accumulates make one of the problem's.
     """
 
     workload: dict[str, object]
@@ -104,6 +108,8 @@ class Comparison:
     weight_bytes: int = 0
     static_bytes: int = 0
     ceilings: dict[str, float] = field(default_factory=dict)
+    unit: str = "fma"
+    products: int = 1
 
     @property
     def ours(self) -> Timing:
@@ -134,12 +140,16 @@ class Comparison:
         return self.macs / self.ours.seconds / machine.fma
 
     def limits(self) -> dict[str, float]:
-        """Seconds that a call takes at least, by each ceiling that was measured."""
-        found = {}
-        for name, rate in self.ceilings.items():
-            work = self.moved if name == "bandwidth" else self.weight_bytes if name.startswith("decode") else self.macs
-            found[name] = work / rate
-        return found
+        """Seconds that a call of ours takes at least, by each ceiling that was measured."""
+        work = {"bandwidth": self.moved, self.unit: self.macs * self.products}
+        work |= {name: self.weight_bytes for name in self.ceilings if name.startswith("decode")}
+        return {name: work[name] / rate for name, rate in self.ceilings.items() if name in work}
+
+    def peak_fraction(self, unit: str) -> float | None:
+        """The part of a unit's peak that our operator reaches, counting the problem's multiply-accumulates."""
+        if self.ours.seconds is None or not self.ceilings.get(unit):
+            return None
+        return self.macs / self.ours.seconds / self.ceilings[unit]
 
     def roofline(self) -> tuple[str, float] | None:
         """What binds, and the part of it that our operator reaches; None where either was not measured."""
@@ -159,6 +169,8 @@ class Comparison:
             "weight_bytes": self.weight_bytes,
             "static_bytes": self.static_bytes,
             "ceilings": self.ceilings,
+            "unit": self.unit,
+            "products": self.products,
             "timings": [{**t.fields(), "speedup_of_bitblas": self.speedup(t.name)} for t in self.timings],
             "skipped": [asdict(peer) for peer in self.skipped],
         }
@@ -191,6 +203,8 @@ class Comparison:
             weight_bytes=found["weight_bytes"],
             static_bytes=found["static_bytes"],
             ceilings=dict(found["ceilings"]),
+            unit=found["unit"],
+            products=found["products"],
         )
 
 
@@ -239,6 +253,8 @@ def compare(
         weight_bytes=op.layout.num_bytes,
         static_bytes=op.layout.num_bytes + _bytes(workload.extras.values()),
         ceilings={bound.name: bound.work / timing.seconds for bound, timing in by_bound if timing.seconds},
+        unit=unit_of(op, m),
+        products=products_of(op, m),
     )
 
 
@@ -257,7 +273,9 @@ def _ours(op: Matmul, workload: Workload, budget: int, name: str = OURS) -> Cand
     a, extras = workload.a, workload.extras
     out = torch.empty(workload.m, op.config.N, dtype=getattr(torch, op.config.out_dtype))
     quantizes = getattr(op.config, "dynamic_quantization", None)
+    products = products_of(op, workload.m)
     computes = {"int8": "int32", "bf16": "bfloat16 in, float32 sums"}.get(unit_of(op, workload.m), "float32")
+    computes = f"float32 in {products} slices of int8" if products > 1 else computes
     return Candidate(
         name,
         lambda index: op(a, weights[index % len(weights)], **extras, output=out),

@@ -53,7 +53,9 @@ def test_every_tiling(target, a_dtype, name, zeros, N, K, group, m):
 def test_k_in_parts(a_dtype, name, out_dtype, fields, N):
     """Few columns and much to do: K is shared out."""
     accum = "int32" if out_dtype.startswith("int") else "float32"
-    config = MatmulConfig(M=40, N=N, K=2048, A_dtype=a_dtype, W_dtype=name, out_dtype=out_dtype, accum_dtype=accum, **fields)
+    config = MatmulConfig(
+        M=40, N=N, K=2048, A_dtype=a_dtype, W_dtype=name, out_dtype=out_dtype, accum_dtype=accum, **fields
+    )
     tilings = check(config, "llvm", 40)
     assert any(tiling.split_k > 1 for tiling in tilings)
 
@@ -72,7 +74,13 @@ def check(config, target, m):
         operands = [op.transform_weight(problem.weights).view(-1)]
         for wanted, given in (("scale", problem.scale), ("zeros", problem.zeros), ("bias", problem.bias)):
             if given is not None:
-                kind = config.bias_dtype if wanted == "bias" else "int8" if given.dtype == torch.int8 else config.scale_dtype
+                kind = (
+                    config.bias_dtype
+                    if wanted == "bias"
+                    else "int8"
+                    if given.dtype == torch.int8
+                    else config.scale_dtype
+                )
                 given = given.to(getattr(torch, kind))
                 operands.append(given.view(-1) if kind == "int8" else given)
         for kernel in kernels:

@@ -17,6 +17,7 @@ from bitblas.bench import (
     decode_kind,
     draw_workload,
     measure_machine,
+    products_of,
     side_by_side,
     unit_of,
     use_threads,
@@ -176,6 +177,12 @@ def test_what_binds_is_what_takes_longest():
     assert row.roofline() == ("decode table4", 0.8)
     assert row.fields()["binds"] == "decode table4"
     assert Comparison.parse(json.loads(json.dumps(row.fields()))) == row
+    assert row.peak_fraction("fma") == pytest.approx(0.4)
+    assert row.peak_fraction("int8") is None
+    sliced = dataclasses.replace(row, ceilings={**row.ceilings, "int8": 6000.0}, unit="int8", products=3)
+    assert sliced.limits() == {"bandwidth": 0.2, "decode table4": 0.4, "int8": 0.5}  # FMA is no limit any more
+    assert sliced.roofline() == ("int8", 1.0)
+    assert sliced.peak_fraction("fma") == pytest.approx(0.4)
     assert dataclasses.replace(row, ceilings={}).roofline() is None
     assert dataclasses.replace(row, timings=(timing("bitblas", None),)).roofline() is None
 
@@ -313,7 +320,8 @@ def test_peaks_and_bandwidth(monkeypatch, probes):
 
 DECODE_LOOPS = (
     *("table1", "table2", "table4", "codebook4", "planes3", "planes5", "planes6", "planes7", "uint8", "int8"),
-    *("float8_e4m3", "float8_e5m2", "dots1", "dots2", "dots4", "dots8", "pairs4"),
+    *("float8_e4m3", "float8_e5m2", "pairs4"),
+    *(f"dots{bits}{slices}" for bits in range(1, 9) for slices in ("", "x3")),
 )
 
 
@@ -346,22 +354,24 @@ def test_a_decode_loop_takes_longer_than_its_multiplications(probes):
 
 
 @pytest.mark.parametrize(
-    ("fields", "unit", "kind"),
+    ("cpu", "fields", "unit", "products", "kind"),
     [
-        ({"W_dtype": "uint4"}, "fma", "table4"),
-        ({"W_dtype": "nf4"}, "fma", "codebook4"),
-        ({"W_dtype": "int3"}, "fma", "planes3"),
-        ({"W_dtype": "int8"}, "fma", "int8"),
-        ({"W_dtype": "float8_e5m2"}, "fma", "float8_e5m2"),
-        ({"W_dtype": "float16", "with_scaling": False, "group_size": -1}, "fma", ""),
-        ({"W_dtype": "int2", "A_dtype": "int8", "out_dtype": "float32"}, "int8", "dots2"),
+        ("skylake-avx512", {"W_dtype": "uint4"}, "fma", 1, "table4"),
+        ("skylake-avx512", {"W_dtype": "nf4"}, "fma", 1, "codebook4"),
+        ("skylake-avx512", {"W_dtype": "int3"}, "fma", 1, "planes3"),
+        ("skylake-avx512", {"W_dtype": "int8"}, "fma", 1, "int8"),
+        ("icelake-server", {"W_dtype": "float8_e5m2"}, "fma", 1, "float8_e5m2"),
+        ("icelake-server", {"W_dtype": "float16", "with_scaling": False, "group_size": -1}, "fma", 1, ""),
+        ("icelake-server", {"W_dtype": "int2", "A_dtype": "int8", "out_dtype": "float32"}, "int8", 1, "dots2"),
+        ("icelake-server", {"W_dtype": "uint4"}, "int8", 3, "dots4x3"),
+        ("znver4", {"M": 16, "W_dtype": "uint4", "A_dtype": "bfloat16", "out_dtype": "bfloat16"}, "bf16", 1, "pairs4"),
     ],
 )
-def test_what_a_kernel_is_held_against(fields, unit, kind):
+def test_what_a_kernel_is_held_against(cpu, fields, unit, products, kind):
     asked = {"M": (1, 16), "N": 64, "K": 256, "with_scaling": True, "group_size": 128, "accum_dtype": "float32"}
-    op = Matmul(MatmulConfig(**{**asked, **fields}), target="llvm -mcpu=icelake-server", from_database=True)
-    assert (unit_of(op, 1), decode_kind(op, 1)) == (unit, kind)
-    assert unit_of(op, 16) == unit
+    op = Matmul(MatmulConfig(**{**asked, **fields}), target=f"llvm -mcpu={cpu}", from_database=True)
+    assert (unit_of(op, 1), products_of(op, 1), decode_kind(op, 1)) == (unit, products, kind)
+    assert (unit_of(op, 16), products_of(op, 16)) == (unit, products)
 
 
 def test_an_avx2_kernel_is_held_against_avx2(probes):

@@ -24,8 +24,9 @@ def cell(m, times, name=UINT4, shape=(4096, 4096), ceilings=None, skipped=(), in
     timings = [Timing(who, "float32", who not in inexact, t, t, 9, 0.0 if t else 2.0) for who, t in times.items()]
     work = {"N": shape[0], "K": shape[1], "A_dtype": name.split()[0], "m": m, **workload}
     size = shape[0] * shape[1]
+    unit = "int8" if name.startswith("int8") else "fma"
     return name, Comparison(
-        work, m, m * size, size // 2, 2, tuple(timings), tuple(skipped), size // 2, size // 2, ceilings or {}
+        work, m, m * size, size // 2, 2, tuple(timings), tuple(skipped), size // 2, size // 2, ceilings or {}, unit
     )
 
 
@@ -72,6 +73,16 @@ def test_exact_goals_of_many_rows():
         verdicts(cell(128, times, ceilings={"fma": peak["fma"] * 1.1}))["exact uint4, M ≥ 16: peak"][0].passed is False
     )
     assert "exact uint4, M ≥ 16: peak" not in verdicts(cell(8, times, ceilings=peak))
+
+
+def test_the_fma_peak_counts_whatever_unit_multiplies():
+    name, row = cell(128, {"bitblas": 0.02, "torch float32": 1.0}, ceilings={"int8": 1e13})
+    sliced = dataclasses.replace(row, unit="int8", products=3)
+    group = "exact uint4, M ≥ 16: peak"
+    assert verdicts((name, sliced))[group][0].passed is None
+    sliced = dataclasses.replace(sliced, ceilings={**row.ceilings, "fma": 128 * 4096 * 4096 / 0.025})
+    (goal,) = verdicts((name, sliced))[group]
+    assert (goal.passed, goal.measured) == (True, "125% of fma, by int8")
 
 
 def test_the_best_of_the_int8_peers_counts():
@@ -566,6 +577,7 @@ def test_a_variant_has_operands_of_its_own(monkeypatch):
 
 def test_ours_is_not_exact_where_it_quantizes(monkeypatch):
     monkeypatch.setattr(matmul_module, "unit_of", lambda op, m: "int8")
+    monkeypatch.setattr(matmul_module, "products_of", lambda op, m: 1)
     work = workload("float16", "int4", None, 2)
     for how, computes in (("row", "int8 by row"), (None, "int32")):
         config = types.SimpleNamespace(N=32, out_dtype="float16", dynamic_quantization=how)
