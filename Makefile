@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+QUICK ?=
+BENCH_OUT ?= results
+BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install -c constraints.txt
@@ -28,8 +31,8 @@ lint: $(VENV)/.installed-dev  ## check style, format and types
 wheel: $(VENV)/.installed  ## build dist/bitblas-*.whl
 	$(PY) -m pip wheel . --no-deps -w dist
 
-bench: $(VENV)/.installed-bench  ## measure against torch and onnxruntime
-	$(PY) -m benchmark.matmul
+bench: $(VENV)/.installed-bench  ## measure beside other libraries, for an hour; QUICK=1: five minutes; BENCH_ARGS="--resume"
+	$(PY) -m benchmark $(if $(QUICK),--quick) --out $(BENCH_OUT) $(BENCH_ARGS)
 
 interop: $(VENV)/.installed-interop  ## run hqq and gptqmodel, unmodified, on this bitblas
 	$(PY) -m pytest -n 2 -m interop $(PYTEST_ARGS)
@@ -37,7 +40,7 @@ interop: $(VENV)/.installed-interop  ## run hqq and gptqmodel, unmodified, on th
 interop-setup: $(VENV)/.installed-interop
 
 clean:  ## remove everything the targets above have made
-	rm -rf $(VENV) build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist results python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find python testing benchmark examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(PY):
@@ -58,6 +61,9 @@ $(VENV)/.installed-dev: $(SETUP_FILES) | $(PY)
 
 $(VENV)/.installed-bench: $(SETUP_FILES) | $(PY)
 	$(PIP_INSTALL) -e '.[bench]'
+	@echo "The next builds ggml from source, which takes some minutes."
+	$(PIP_INSTALL) -e '.[bench-ggml]' || \
+	  echo "NOTE: llama-cpp-python COULD NOT BE INSTALLED (see above): the benchmark runs WITHOUT ggml." >&2
 	@touch $@ $(VENV)/.installed
 
 # DISABLE_CUDA: hqq would build kernels for CUDA, which its bitblas layer does not use.

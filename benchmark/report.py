@@ -1,27 +1,41 @@
-"""What a run found, as JSON, Markdown and a plot."""
+"""What a run found, as JSON and Markdown; a run that was cut is read again from its JSON."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import json
+import os
 import platform
-import sys
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 from bitblas.bench import Comparison, Machine
+from bitblas.build import toolchain
 
-from .goals import Goal
+from . import cases, goals, peers, plots
+from .goals import Goal, shape_of
 
-_VERSIONS = ("bitblas", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime")
+JSON_FILE, MARKDOWN_FILE = "matmul.json", "matmul.md"
+_VERSIONS = ("bitblas", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "openvino", "llama-cpp-python")
+#: What of a machine must be the same for two runs to be one.
+_SAME_MACHINE = ("cpu", "isa", "threads", "cache_bytes")
+
+#: What tells a cell: the case's name, N, K, m.
+Key = tuple[str, int, int, int]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of all that takes part; `kernels` is a digest of what writes ours."""
     import bitblas
 
-    found = {"python": platform.python_version(), "bitblas": bitblas.__version__}
+    tools = toolchain()
+    digest = hashlib.sha256((tools["sources"] + tools["generator"]).encode()).hexdigest()
+    found = {"python": platform.python_version(), "bitblas": bitblas.__version__, "kernels": digest[:8]}
     for name in _VERSIONS[1:]:
         try:
             found[name] = metadata.version(name)
@@ -30,15 +44,87 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def key_of(name: str, row: Comparison) -> Key:
+    """What tells a cell."""
+    return (name, *shape_of(row), row.m)
+
+
 @dataclass
 class Report:
-    """All of one run."""
+    """All of one run, or of several parts of one.
+
+    Attributes
+    ----------
+    machine : Machine
+        Where it ran.
+    versions : dict of str to str
+        With what.
+    date : str
+        When, in UTC.
+    results : list of (str, Comparison)
+        The cells, with the names of their cases.
+    costs : list of Goal
+        The goals that are not about cells.
+    """
 
     machine: Machine
-    versions: dict[str, str] = field(default_factory=_versions)
+    versions: dict[str, str] = field(default_factory=versions)
     date: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"))
     results: list[tuple[str, Comparison]] = field(default_factory=list)
-    goals: list[Goal] = field(default_factory=list)
+    costs: list[Goal] = field(default_factory=list)
+
+    @property
+    def goals(self) -> list[Goal]:
+        """The verdicts on the cells that are there, and the costs."""
+        return [*goals.judge(self.results), *self.costs]
+
+    def has(self, key: Key, peers: Collection[str]) -> bool:
+        """Whether a cell was measured beside all of some peers, or as many of them as can."""
+        for name, row in self.results:
+            if key_of(name, row) == key:
+                known = {timing.name for timing in row.timings} | {peer.name for peer in row.skipped}
+                return known.issuperset(peers)
+        return False
+
+    def add(self, name: str, row: Comparison) -> None:
+        """Add a cell, in the place of an older one."""
+        key = key_of(name, row)
+        places = [index for index, (other, old) in enumerate(self.results) if key_of(other, old) == key]
+        if places:
+            self.results[places[0]] = (name, row)
+        else:
+            self.results.append((name, row))
+
+    def resume(self, directory: Path) -> str:
+        """Take over the cells of an earlier run on the same machine with the same versions; say what was done.
+
+        Raises
+        ------
+        OSError
+            The file cannot be read.
+        """
+        path = directory / JSON_FILE
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return f"there is no {path} yet: a new run"
+        except ValueError as error:
+            return f"{path} is no JSON, and is not used: {error}"
+        mine = self.machine.fields()
+        try:
+            theirs = {name: found["machine"][name] for name in _SAME_MACHINE}
+            differ = [name for name in _SAME_MACHINE if theirs[name] != mine[name]]
+            differ += [name for name in self.versions if found["versions"].get(name) != self.versions[name]]
+            if differ:
+                return f"{path} is of other {', '.join(differ)}, and is not used"
+            results = [(each["case"], Comparison.parse(each)) for each in found["results"]]
+            costs = [Goal(**each) for each in found["goals"] if not each["group"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            return f"{path} is not of this version of the benchmark, and is not used: {error!r}"
+        for name, row in results:
+            self.add(name, row)
+        self.costs = costs
+        return f"{len(results)} cells are in {path} already"
 
     def json(self) -> str:
         """Everything, as JSON."""
@@ -53,127 +139,189 @@ class Report:
             indent=1,
         )
 
+    def save(self, directory: Path) -> Path:
+        """Write the JSON, whole or not at all."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path, aside = directory / JSON_FILE, directory / f".{JSON_FILE}.{os.getpid()}"
+        try:
+            aside.write_text(self.json() + "\n", encoding="utf-8")
+            aside.replace(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                aside.unlink()
+        return path
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write the JSON, the Markdown, and with matplotlib the plots; return what was written."""
+        written = [self.save(directory), directory / MARKDOWN_FILE]
+        written[1].write_text(self.markdown(), encoding="utf-8")
+        return written + plots.draw(self.results, directory)
+
+    # -- Markdown --------------------------------------------------------------------------------------------------------
+
     def markdown(self) -> str:
         """Tables for a document."""
         parts = [self._head()]
         if self.goals:
-            parts.append(_goal_table(self.goals))
-        for title, exact in (
-            ("Exact activations", True),
-            ("Activations quantized to int8 on the way", False),
-        ):
-            table = self._table(exact)
-            if table:
-                parts.append(f"**{title}**\n\n{table}")
-        reasons = sorted({f"{peer.name}: {peer.reason}" for _, row in self.results for peer in row.skipped})
-        if reasons:
-            parts.append("Not measured where a peer cannot:\n\n" + "\n".join(f"- {reason}" for reason in reasons))
-        return "\n\n".join(parts) + "\n"
+            parts += ["**Goals**", _goal_table(self.goals)]
+        exact, quantized = self._tables()
+        if exact:
+            parts += ["**Exact activations**", exact]
+        if quantized:
+            parts += [
+                "**Activations in int8**: given as such to bitblas and to torch._int_mm, and as floats of the same "
+                "values to the others, which quantize them on the way; rows of float activations show what that is "
+                "worth beside our exact kernels",
+                quantized,
+            ]
+        beside = _variant_table(self.results)
+        if beside:
+            parts += ["**bitblas beside itself**", beside]
+        memory = _memory_table(self.results)
+        if memory:
+            parts += ["**Memory of a layer's weight, with scales and zeros**", memory]
+        notes = self._notes()
+        return "\n\n".join(parts + ([notes] if notes else [])) + "\n"
 
     def _head(self) -> str:
-        machine, lines = self.machine, []
-        lines.append(f"{self.date}, {machine.cpu} ({machine.isa}), {machine.threads} threads;")
+        machine = self.machine
+        lines = [f"{self.date}, {machine.cpu} ({machine.isa}), {machine.threads} threads;"]
         lines.append(", ".join(f"{name} {version}" for name, version in self.versions.items()) + ".")
-        if machine.bandwidth and machine.fma:
-            lines.append(
-                f"Measured in the same run: {machine.bandwidth / 1e9:.1f} GB/s read, "
-                f"{machine.fma / 1e9:.0f} G float32 FMA/s."
-            )
+        rates: dict[str, list[float]] = {}
+        for _, row in self.results:
+            for name, rate in row.ceilings.items():
+                rates.setdefault(name, []).append(rate)
+        if rates:
+            texts = [_rate(name, sorted(found)) for name, found in rates.items()]
+            lines.append(f"Ceilings, in turns with the kernels (median of the cells): {', '.join(texts)}.")
         lines += [f"Note: {note}." for note in machine.notes]
-        lines.append("Medians in µs, taken in turns; in brackets how many times as long as bitblas a peer takes.")
+        lines.append(
+            "Medians in µs, taken in turns; in brackets how many times as long as bitblas a peer takes. *Limit*: the part of "
+            "what binds that bitblas reaches."
+        )
         return "\n".join(lines)
 
-    def _table(self, exact: bool) -> str:
-        """Peers whose activations are exact, or those that quantize them, beside ours."""
-        kinds = {t.name: t.exact for _, row in self.results for t in row.timings[1:]}
-        names = [name for name, is_exact in kinds.items() if is_exact == exact]
-        rows = [(name, row) for name, row in self.results if any(row.timing(peer) for peer in names)]
-        if not rows:
-            return ""
-        header = ["", "N × K", "M", "bitblas", "of bandwidth", "of FMA peak", *names]
-        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        for name, row in rows:
-            shape = f"{row.workload['N']} × {row.workload['K']}"
-            cells = [name, shape, str(row.m), _microseconds(row.ours.seconds)]
-            cells += [_share(row.bandwidth_fraction(self.machine)), _share(row.fma_fraction(self.machine))]
-            cells += [_peer_cell(row, peer) for peer in names]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+    def _tables(self) -> tuple[str, str]:
+        """Of peers that compute with exact float activations, and of all others."""
+        floats = [each for each in self.results if each[1].workload["A_dtype"] != "int8" and each[1].ours.exact]
+        names = _names(self.results)
+        exact = _table(floats, [name for name in names if _is_exact(floats, name)])
+        quantizing = [name for name in names if not _is_exact(self.results, name)]
+        rows = [
+            (name, row)
+            for name, row in self.results
+            if row.workload["A_dtype"] == "int8" or any(row.timing(peer) for peer in quantizing)
+        ]
+        integers = [each for each in self.results if each[1].workload["A_dtype"] == "int8"]
+        columns = [name for name in names if name in quantizing or any(row.timing(name) for _, row in integers)]
+        return exact, _table(rows, columns)
 
-    def write(self, directory: Path) -> list[Path]:
-        """Write matmul.json, matmul.md, and with matplotlib matmul.png and matmul.svg; return what was written."""
-        directory.mkdir(parents=True, exist_ok=True)
-        written = [directory / "matmul.json", directory / "matmul.md"]
-        written[0].write_text(self.json() + "\n", encoding="utf-8")
-        written[1].write_text(self.markdown(), encoding="utf-8")
-        return written + plot(self.results, directory)
+    def _notes(self) -> str:
+        wrong = sorted(
+            f"- {name}, M={row.m}: {timing.name} is off by {timing.error:.2g} and has no time"
+            for name, row in self.results
+            for timing in row.timings
+            if timing.seconds is None
+        )
+        reasons: dict[str, dict[str, None]] = {}
+        for _, row in self.results:
+            for peer in row.skipped:
+                reasons.setdefault(peer.name, {})[peer.reason] = None
+        lines = [f"- {name}: {'; '.join(reasons[name])}" for name in sorted(reasons, key=_place)]
+        parts = ["Wrong results:\n\n" + "\n".join(wrong)] if wrong else []
+        parts += ["Not measured where a peer cannot:\n\n" + "\n".join(lines)] if lines else []
+        return "\n\n".join(parts)
 
 
-def _microseconds(seconds: float | None) -> str:
+def _rate(name: str, rates: Sequence[float]) -> str:
+    unit = "GB/s read" if name == "bandwidth" else "GB/s" if name.startswith("decode") else "GMAC/s"
+    return f"{name} {statistics.median(rates) / 1e9:.0f} {unit}"
+
+
+def _names(results: Iterable[tuple[str, Comparison]]) -> list[str]:
+    """The peers that took part, in the order of `peers.PEERS`, without variants of ours."""
+    found = dict.fromkeys(timing.name for _, row in results for timing in row.timings[1:])
+    return sorted((name for name in found if name not in cases.VARIANTS), key=_place)
+
+
+def _place(name: str) -> int:
+    names = list(peers.PEERS)
+    return names.index(name) if name in names else len(names)
+
+
+def _is_exact(results: Iterable[tuple[str, Comparison]], name: str) -> bool:
+    return all(timing.exact for _, row in results for timing in row.timings if timing.name == name)
+
+
+def _table(rows: Sequence[tuple[str, Comparison]], names: Sequence[str]) -> str:
+    rows = [(name, row) for name, row in rows if any(row.timing(peer) for peer in names)]
+    names = [name for name in names if any(row.timing(name) for _, row in rows)]
+    if not rows:
+        return ""
+    lines = [_line(["", "N × K", "M", "bitblas", "limit", *names]), "|" + "---|" * (5 + len(names))]
+    for name, row in rows:
+        bound = row.roofline()
+        cells = [name, "{} × {}".format(*shape_of(row)), str(row.m), microseconds(row.ours.seconds)]
+        cells.append("–" if bound is None else f"{bound[1]:.0%} {bound[0]}")
+        lines.append(_line(cells + [_peer_cell(row, peer) for peer in names]))
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def microseconds(seconds: float | None) -> str:
+    """A time for a table."""
     return "wrong" if seconds is None else f"{seconds * 1e6:.0f}" if seconds > 1e-4 else f"{seconds * 1e6:.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
 
 
 def _peer_cell(row: Comparison, name: str) -> str:
     timing, speedup = row.timing(name), row.speedup(name)
     if timing is None:
         return "–"
-    return _microseconds(timing.seconds) + ("" if speedup is None else f" ({speedup:.2f})")
+    return microseconds(timing.seconds) + ("" if speedup is None else f" ({speedup:.2f})")
 
 
-def _goal_table(goals: Iterable[Goal]) -> str:
-    lines = ["| goal | asked | measured | |", "|---|---|---|---|"]
-    lines += [f"| {goal.name} | {goal.asked} | {goal.measured} | {goal.verdict} |" for goal in goals]
+def _goal_table(found: Sequence[Goal]) -> str:
+    """A line for each goal: how many cells pass, and the one that is farthest from it."""
+    lines = [_line(["goal", "asked", "pass", "farthest"]), "|---|---|---|---|"]
+    groups: dict[tuple[str, str], list[Goal]] = {}
+    for goal in found:
+        groups.setdefault((goal.group or goal.name, goal.asked), []).append(goal)
+    for (name, asked), cells in groups.items():
+        passed = sum(goal.passed is True for goal in cells)
+        unknown = sum(goal.passed is None for goal in cells)
+        count = f"{passed} of {len(cells)}" + (f", {unknown} not measured" if unknown else "")
+        if len(cells) == 1:
+            count = cells[0].verdict
+        elif any(goal.passed is False for goal in cells):
+            count = f"**{count}**"
+        farthest = min(cells, key=lambda goal: float("inf") if goal.margin is None else goal.margin)
+        where = f" ({farthest.name})" if farthest.group else ""
+        lines.append(_line([name, asked, count, f"{farthest.measured}{where}"]))
     return "\n".join(lines)
 
 
-def plot(results: Sequence[tuple[str, Comparison]], directory: Path) -> list[Path]:
-    """Draw the speed of every candidate over torch's float32, a panel for each case."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        print("SKIPPED the plot: matplotlib is missing: pip install 'bitblas[bench]'", file=sys.stderr)
-        return []
-    panels: dict[str, list[Comparison]] = {}
+def _variant_table(results: Iterable[tuple[str, Comparison]]) -> str:
+    lines = []
     for name, row in results:
-        panels.setdefault(f"{name}, {row.workload['N']} × {row.workload['K']}", []).append(row)
-    if not panels:
-        return []
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5.5 * columns, 3.2 * lines), squeeze=False)
-    names = list(dict.fromkeys(timing.name for _, row in results for timing in row.timings))
-    colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
-    for axis, (title, rows) in zip(axes.flat, panels.items(), strict=False):
-        _panel(axis, title, rows, colors)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_axis_off()
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
-    figure.legend(handles, names, loc="upper center", ncol=min(4, len(names)), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / (3.2 * lines) - 0.02))
-    written = [directory / "matmul.png", directory / "matmul.svg"]
-    for path in written:
-        figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return written
+        for variant in cases.VARIANTS:
+            timing = row.timing(variant)
+            if timing is not None:
+                place = [name, "{} × {}".format(*shape_of(row)), str(row.m), microseconds(row.ours.seconds)]
+                lines.append(_line([*place, variant.removeprefix("bitblas, "), _peer_cell(row, variant)]))
+    if not lines:
+        return ""
+    return "\n".join([_line(["", "N × K", "M", "bitblas", "beside", ""]), "|---|---|---|---|---|---|", *lines])
 
 
-def _panel(axis, title: str, rows: Sequence[Comparison], colors: dict[str, str]) -> None:
-    names = [name for name in colors if any(row.timing(name) for row in rows)]
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        for index, row in enumerate(rows):
-            base, timing = row.timing("torch float32"), row.timing(name)
-            if base is None or timing is None or not base.seconds or not timing.seconds:
-                continue
-            axis.bar(index + (place + 0.5) * width - 0.4, base.seconds / timing.seconds, width, color=colors[name])
-    axis.axhline(1, color="black", linewidth=0.6)
-    axis.set_xticks(range(len(rows)), [f"M={row.m}" for row in rows])
-    axis.set_title(title, fontsize=9)
-    axis.set_ylabel("× torch float32", fontsize=8)
+def _memory_table(results: Iterable[tuple[str, Comparison]]) -> str:
+    found = plots.memory_of(results)
+    if not found:
+        return ""
+    lines = [_line(["", "N × K", "MB", "dense, MB", "of dense"]), "|---|---|---|---|---|"]
+    for name, (shape, packed, dense) in found.items():
+        sizes = [f"{packed / 1e6:.2f}", f"{dense / 1e6:.2f}", f"{packed / dense:.0%}"]
+        lines.append(_line([name, "{} × {}".format(*shape), *sizes]))
+    return "\n".join(lines)

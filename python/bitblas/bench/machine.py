@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import subprocess
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..build import find_compiler
-from ..errors import BitBLASError, BuildError
-from ..sources import source_dir
+from ..errors import BitBLASError
 from ..target import host_features, host_target
+from .ceilings import UNITS, Probes
 
-#: Bytes that are read to measure the bandwidth, at most.
-READ_BYTES = 1 << 30
-_STEPS = 8_000_000  # of the register loops: some ten milliseconds
-_PASSES = 8
+#: Bytes that are read to measure the bandwidth, and that the copies of a weight have together: so many times the last-level
+#: cache, but not more. Caches keep a part of what is somewhat larger: here reading 32, 64, 96, 128, 256 MB in a circle, with a
+#: cache of 32, gave 69, 43, 40, 34, 34 GB/s (medians of six).
+READ_TIMES, READ_BYTES = 4, 1 << 30
+#: Calls of which the best counts: of each loop in registers, and of reading.
+_CALLS, _PASSES = 40, 8
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -86,13 +83,20 @@ def cache_bytes() -> int:
     return max(sizes)
 
 
-def measure_machine(threads: int | None = None) -> Machine:
+def read_bytes() -> int:
+    """How many bytes to read in a circle so that they come from memory."""
+    return min(READ_BYTES, READ_TIMES * max(16 << 20, cache_bytes()))
+
+
+def measure_machine(threads: int | None = None, probes: Probes | None = None) -> Machine:
     """Measure bandwidth and peaks, about a second's work.
 
     Parameters
     ----------
     threads : int, optional
         Default: torch's number.
+    probes : Probes, optional
+        The loops, where they are built already.
 
     Returns
     -------
@@ -106,7 +110,7 @@ def measure_machine(threads: int | None = None) -> Machine:
         isa = ", ".join(sorted(host_features())) or platform.machine()
     machine = Machine(cpu_name(), isa, threads, cache_bytes(), notes=_load_note())
     try:
-        return _measure(machine)
+        return _measure(machine, probes or Probes())
     except (BitBLASError, OSError) as error:
         return replace(machine, notes=(*machine.notes, f"bandwidth and peaks were not measured: {error}"))
 
@@ -122,48 +126,16 @@ def _load_note() -> tuple[str, ...]:
     return (f"the machine was busy: a load of {load:.1f} on {cpus} CPUs at the start; measure again when it is idle",)
 
 
-def _measure(machine: Machine) -> Machine:
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("there is no C compiler (cc, gcc or clang); install one, such as Debian's gcc")
-    with tempfile.TemporaryDirectory(prefix="bitblas-peak-") as directory:
-        library = _compile(compiler, Path(directory) / "peak.so")
-    peaks = {name: _peak(library, name, machine.threads) for name in ("fma", "int8", "bf16")}
-    size = min(READ_BYTES, max(64 << 20, 2 * machine.cache_bytes))
-    notes = machine.notes
-    if size < 2 * machine.cache_bytes:
+def _measure(machine: Machine, probes: Probes) -> Machine:
+    peaks: dict[str, float | None] = {}
+    for name in UNITS:
+        ceiling = probes.unit(name, machine.threads)
+        peaks[name] = ceiling.rate(_CALLS) if ceiling else None
+    size, notes = read_bytes(), machine.notes
+    if size < READ_TIMES * machine.cache_bytes:
         notes += (
-            f"bandwidth was read from {size >> 20} MB, not from twice the last-level cache of "
+            f"bandwidth was read from {size >> 20} MB, not from {READ_TIMES} times the last-level cache of "
             f"{machine.cache_bytes >> 20} MB: a part may have come from there",
         )
-    bandwidth = _bandwidth(library, size, machine.threads)
+    bandwidth = probes.bandwidth(size, machine.threads).rate(_PASSES)
     return replace(machine, bandwidth=bandwidth, fma=peaks["fma"], int8=peaks["int8"], bf16=peaks["bf16"], notes=notes)
-
-
-def _compile(compiler: str, output: Path) -> ctypes.CDLL:
-    source = source_dir() / "cpu" / "peak.c"
-    command = [compiler, "-shared", "-fPIC", "-O3", "-fopenmp", "-o", str(output), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildError("the C compiler could not build peak.c", " ".join(command), done.stdout + done.stderr)
-    return ctypes.CDLL(str(output))
-
-
-def _peak(library: ctypes.CDLL, name: str, threads: int) -> float | None:
-    loop: Callable[[int, int], float] = library[f"bitblas_peak_{name}"]
-    loop.argtypes, loop.restype = [ctypes.c_int64, ctypes.c_int], ctypes.c_double  # type: ignore[attr-defined]
-    if loop(1000, threads) < 0:
-        return None
-    return max(loop(_STEPS, threads) for _ in range(_PASSES))
-
-
-def _bandwidth(library: ctypes.CDLL, size: int, threads: int) -> float:
-    read = library["bitblas_read_bandwidth"]
-    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
-    read.restype = ctypes.c_double
-    buffer, checksum = torch.empty(size // 8, dtype=torch.int64), ctypes.c_uint64()
-    rates = [
-        read(buffer.data_ptr(), buffer.numel(), threads, int(index == 0), ctypes.addressof(checksum))
-        for index in range(_PASSES)
-    ]
-    return max(rates[1:])

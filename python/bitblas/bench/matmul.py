@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import psutil
 import torch
 from torch.nn import functional
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, BitBLASError
 from ..ops import Matmul
-from .machine import Machine, cache_bytes
+from .ceilings import Probes, products_of, unit_of
+from .machine import Machine, read_bytes
 from .timing import Candidate, Timing, side_by_side
 from .workload import Workload, draw_workload
 
@@ -29,10 +31,11 @@ _LIMITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 @dataclass(frozen=True)
 class Skipped:
-    """A peer that did not take part, and why."""
+    """A peer that did not take part, and why; `missing` where it could, if it were installed."""
 
     name: str
     reason: str
+    missing: bool = False
 
 
 #: Makes a candidate of a workload; the number is how many bytes its copies of the weight may take.
@@ -57,8 +60,8 @@ def use_threads(threads: int | None) -> Iterator[int]:
 
 
 def num_copies(num_bytes: int, budget: int) -> int:
-    """How many copies of a weight exceed the last-level cache, within a budget of bytes; at least one."""
-    wanted = max(cache_bytes(), 32 << 20) // max(1, num_bytes) + 1
+    """How many copies of a weight come from memory when they are used in turn, within a budget of bytes; at least one."""
+    wanted = -(-read_bytes() // max(1, num_bytes))
     return max(1, min(wanted, budget // max(1, num_bytes)))
 
 
@@ -84,6 +87,15 @@ class Comparison:
         Ours first.
     skipped : tuple of Skipped
         Peers that did not take part.
+    weight_bytes, static_bytes : int
+        Bytes of the codes that a call of ours reads, and with scales, zeros and bias: what a layer keeps in memory.
+    ceilings : dict of str to float
+        What the machine did in the same turns, per second: ``"bandwidth"`` bytes read, ``"fma"``, ``"int8"`` and ``"bf16"``
+        multiply-accumulates of a unit, ``"decode …"`` bytes of weights (see `Probes`).
+    unit : str
+        The one of these units that our kernel uses.
+    products : int
+        How many of its multiply-accumulates make one of the problem's.
     """
 
     workload: dict[str, object]
@@ -93,6 +105,11 @@ class Comparison:
     threads: int
     timings: tuple[Timing, ...]
     skipped: tuple[Skipped, ...] = ()
+    weight_bytes: int = 0
+    static_bytes: int = 0
+    ceilings: dict[str, float] = field(default_factory=dict)
+    unit: str = "fma"
+    products: int = 1
 
     @property
     def ours(self) -> Timing:
@@ -122,21 +139,83 @@ class Comparison:
             return None
         return self.macs / self.ours.seconds / machine.fma
 
+    def limits(self) -> dict[str, float]:
+        """Seconds that a call of ours takes at least, by each ceiling that was measured."""
+        work = {"bandwidth": self.moved, self.unit: self.macs * self.products}
+        work |= {name: self.weight_bytes for name in self.ceilings if name.startswith("decode")}
+        return {name: work[name] / rate for name, rate in self.ceilings.items() if name in work}
+
+    def peak_fraction(self, unit: str) -> float | None:
+        """The part of a unit's peak that our operator reaches, counting the problem's multiply-accumulates."""
+        if self.ours.seconds is None or not self.ceilings.get(unit):
+            return None
+        return self.macs / self.ours.seconds / self.ceilings[unit]
+
+    def roofline(self) -> tuple[str, float] | None:
+        """What binds, and the part of it that our operator reaches; None where either was not measured."""
+        limits = self.limits()
+        if not limits or self.ours.seconds is None:
+            return None
+        name = max(limits, key=lambda name: limits[name])
+        return name, limits[name] / self.ours.seconds
+
     def fields(self, machine: Machine | None = None) -> dict[str, object]:
-        """As JSON values."""
+        """As JSON values; `parse` reads them."""
         found: dict[str, object] = {
             "workload": self.workload,
             "threads": self.threads,
+            "macs": self.macs,
+            "moved": self.moved,
+            "weight_bytes": self.weight_bytes,
+            "static_bytes": self.static_bytes,
+            "ceilings": self.ceilings,
+            "unit": self.unit,
+            "products": self.products,
             "timings": [{**t.fields(), "speedup_of_bitblas": self.speedup(t.name)} for t in self.timings],
-            "skipped": [{"name": peer.name, "reason": peer.reason} for peer in self.skipped],
+            "skipped": [asdict(peer) for peer in self.skipped],
         }
+        bound = self.roofline()
+        if bound is not None:
+            found["binds"], found["roofline_fraction"] = bound
         if machine is not None:
             found["bandwidth_fraction"] = self.bandwidth_fraction(machine)
             found["fma_fraction"] = self.fma_fraction(machine)
         return found
 
+    @classmethod
+    def parse(cls, found: Mapping[str, Any]) -> Comparison:
+        """What `fields` gave.
 
-def compare(op: Matmul, m: int, peers: Sequence[Peer] = (), seconds: float = 0.5, seed: int = 0) -> Comparison:
+        Raises
+        ------
+        KeyError, TypeError
+            `found` is something else.
+        """
+        timings = [{k: v for k, v in timing.items() if k != "speedup_of_bitblas"} for timing in found["timings"]]
+        return cls(
+            workload=dict(found["workload"]),
+            m=found["workload"]["m"],
+            macs=found["macs"],
+            moved=found["moved"],
+            threads=found["threads"],
+            timings=tuple(Timing(**timing) for timing in timings),
+            skipped=tuple(Skipped(**peer) for peer in found["skipped"]),
+            weight_bytes=found["weight_bytes"],
+            static_bytes=found["static_bytes"],
+            ceilings=dict(found["ceilings"]),
+            unit=found["unit"],
+            products=found["products"],
+        )
+
+
+def compare(
+    op: Matmul,
+    m: int,
+    peers: Sequence[Peer] = (),
+    seconds: float = 0.5,
+    seed: int = 0,
+    probes: Probes | None = None,
+) -> Comparison:
     """Time an operator beside peers, on torch's present number of threads.
 
     Parameters
@@ -151,37 +230,81 @@ def compare(op: Matmul, m: int, peers: Sequence[Peer] = (), seconds: float = 0.5
         How long to measure each candidate.
     seed : int
         Of the operands.
+    probes : Probes, optional
+        Loops that show what binds, to be timed in turns with the rest.
     """
     workload = draw_workload(op.config, m, seed)
     budget = min(MEMORY_CAP, int(psutil.virtual_memory().available * MEMORY_PART) // (1 + len(peers)))
     ours = _ours(op, workload, budget)
     made = [peer(workload, budget) for peer in peers]
     candidates = [ours, *(peer for peer in made if isinstance(peer, Candidate))]
-    timings = side_by_side(candidates, seconds)
-    operands = [workload.a, *workload.extras.values()]
-    moved = op.layout.num_bytes + sum(t.numel() * t.element_size() for t in operands)
-    moved += m * op.config.N * getattr(torch, op.config.out_dtype).itemsize
+    bounds = probes.of(op, m, read_bytes(), torch.get_num_threads()) if probes else []
+    # the ceilings stand beside our kernel, and not behind the peers
+    timings = side_by_side([ours, *(bound.candidate() for bound in bounds), *candidates[1:]], seconds)
+    by_bound = zip(bounds, timings[1 : 1 + len(bounds)], strict=True)
     return Comparison(
         workload={**op.config.fields(), "m": m},
         m=m,
         macs=m * op.config.N * op.config.K,
-        moved=moved,
+        moved=_moved(op, workload),
         threads=torch.get_num_threads(),
-        timings=tuple(timings),
+        timings=(timings[0], *timings[1 + len(bounds) :]),
         skipped=tuple(peer for peer in made if isinstance(peer, Skipped)),
+        weight_bytes=op.layout.num_bytes,
+        static_bytes=op.layout.num_bytes + _bytes(workload.extras.values()),
+        ceilings={bound.name: bound.work / timing.seconds for bound, timing in by_bound if timing.seconds},
+        unit=unit_of(op, m),
+        products=products_of(op, m),
     )
 
 
-def _ours(op: Matmul, workload: Workload, budget: int) -> Candidate:
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _moved(op: Matmul, workload: Workload) -> int:
+    """Bytes that a call has to read and write."""
+    read = op.layout.num_bytes + _bytes([workload.a, *workload.extras.values()])
+    return read + workload.m * op.config.N * getattr(torch, op.config.out_dtype).itemsize
+
+
+def _ours(op: Matmul, workload: Workload, budget: int, name: str = OURS) -> Candidate:
     weights = rotate(op.transform_weight(workload.weight), budget)
     a, extras = workload.a, workload.extras
     out = torch.empty(workload.m, op.config.N, dtype=getattr(torch, op.config.out_dtype))
+    quantizes = getattr(op.config, "dynamic_quantization", None)
+    products = products_of(op, workload.m)
+    computes = {"int8": "int32", "bf16": "bfloat16 in, float32 sums"}.get(unit_of(op, workload.m), "float32")
+    computes = f"float32 in {products} slices of int8" if products > 1 else computes
     return Candidate(
-        OURS,
+        name,
         lambda index: op(a, weights[index % len(weights)], **extras, output=out),
         workload.check,
-        "int32" if op.config.integer_accumulation else "float32",
+        f"int8 by {quantizes}" if quantizes else computes,
+        exact=not quantizes,
     )
+
+
+def own_variant(name: str, **changes: object) -> Peer:
+    """Ours under a config that differs in some fields, on operands of its own: what such a difference costs.
+
+    Parameters
+    ----------
+    name : str
+        What the candidate is called.
+    changes
+        Fields of MatmulConfig.
+    """
+
+    def make(workload: Workload, budget: int) -> Candidate | Skipped:
+        try:
+            config = replace(workload.config, **changes)  # type: ignore[arg-type]
+            op = Matmul(config)
+        except BitBLASError as error:
+            return Skipped(name, str(error))
+        return _ours(op, draw_workload(config, workload.m), budget, name)
+
+    return make
 
 
 def torch_dense(dtype: torch.dtype) -> Peer:

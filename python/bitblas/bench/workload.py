@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,6 +153,11 @@ class Workload:
         size = float(self.expected.square().mean().sqrt()) or 1.0
         return self._verdict(self.error(out), limit * size)
 
+    def check_turned(self, outs: Sequence[torch.Tensor], limit: float) -> Verdict:
+        """The worst verdict on results of copies of the weight of which the i-th begins with the last i rows."""
+        verdicts = [self.check_within(out.roll(-index, -1), limit) for index, out in enumerate(outs)]
+        return Verdict(max(verdict.error for verdict in verdicts), all(verdict.right for verdict in verdicts))
+
 
 def draw_workload(config: MatmulConfig, m: int, seed: int = 0) -> Workload:
     """Draw operands whose results have a size of about 1, where there are scales to bring them there.
@@ -165,12 +171,26 @@ def draw_workload(config: MatmulConfig, m: int, seed: int = 0) -> Workload:
     seed : int
         The same seed gives the same operands.
     """
-    generator = torch.Generator().manual_seed(seed)
+    a = _draw_activations(config, m, torch.Generator().manual_seed(seed + m))
+    return Workload(config, a, *_draw_operands(replace(config, M=1), seed))
+
+
+def _draw_activations(config: MatmulConfig, m: int, generator: torch.Generator) -> torch.Tensor:
     if config.held_dtype == "int8":
-        top = 7 if config.A_dtype == "int4" else 127
-        a, a_size = torch.randint(-top, top + 1, (m, config.K), dtype=torch.int8, generator=generator), 0.58 * top
-    else:
-        a, a_size = torch.randn(m, config.K, generator=generator).to(getattr(torch, config.held_dtype)), 1.0
+        top = _largest_activation(config)
+        return torch.randint(-top, top + 1, (m, config.K), dtype=torch.int8, generator=generator)
+    return torch.randn(m, config.K, generator=generator).to(getattr(torch, config.held_dtype))
+
+
+def _largest_activation(config: MatmulConfig) -> int:
+    return 7 if config.A_dtype == "int4" else 127
+
+
+@lru_cache(maxsize=2)  # of a case and of a variant that is timed beside it
+def _draw_operands(config: MatmulConfig, seed: int) -> tuple[Any, ...]:
+    """Weight, scale, zeros, bias and zero points, the same for any number of rows; the last are kept."""
+    generator = torch.Generator().manual_seed(seed)
+    a_size = 0.58 * _largest_activation(config) if config.held_dtype == "int8" else 1.0
     weight, w_size = _draw_weight(config, generator)
     dtype, shape = getattr(torch, config.scale_dtype), (config.N, config.num_groups)
     scale = zeros = points = bias = None
@@ -186,7 +206,7 @@ def draw_workload(config: MatmulConfig, m: int, seed: int = 0) -> Workload:
         zeros = _pack_rows(whole.T, config.format.bits) if config.zeros_packed else points
     if config.with_bias:
         bias = torch.randn(config.N, generator=generator).mul(3).to(getattr(torch, config.out_dtype))
-    return Workload(config, a, weight, scale, zeros, bias, points)
+    return weight, scale, zeros, bias, points
 
 
 def _draw_weight(config: MatmulConfig, generator: torch.Generator) -> tuple[torch.Tensor, float]:

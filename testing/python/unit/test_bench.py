@@ -7,15 +7,19 @@ import math
 import pytest
 import torch
 
-from bitblas import ArgumentError, MatmulConfig, env
+from bitblas import ArgumentError, BuildError, Matmul, MatmulConfig, env
 from bitblas.bench import (
     Candidate,
     Comparison,
+    Probes,
     Timing,
     Verdict,
+    decode_kind,
     draw_workload,
     measure_machine,
+    products_of,
     side_by_side,
+    unit_of,
     use_threads,
 )
 from bitblas.bench import machine as machine_module
@@ -23,6 +27,7 @@ from bitblas.bench import matmul as matmul_module
 from bitblas.bench import timing as timing_module
 from bitblas.bench.timing import MIN_CALLS, TURN_CALLS
 from bitblas.formats import FORMATS
+from bitblas.target import host_features
 
 RIGHT = Verdict(0.0, True)
 
@@ -150,16 +155,36 @@ def test_ratios_and_fractions():
     assert dataclasses.replace(row, timings=(timing("bitblas", None), timing("peer", 1.0))).speedup("peer") is None
 
 
-def test_weights_are_rotated_beyond_the_cache_within_the_budget(monkeypatch):
-    monkeypatch.setattr(matmul_module, "cache_bytes", lambda: 100 << 20)
-    assert matmul_module.num_copies(10 << 20, 1 << 40) == 11
+def test_weights_are_rotated_far_beyond_the_cache_within_the_budget(monkeypatch):
+    monkeypatch.setattr(machine_module, "cache_bytes", lambda: 100 << 20)
+    assert matmul_module.num_copies(10 << 20, 1 << 40) == 40
+    assert matmul_module.num_copies(30 << 20, 1 << 40) == 14
     assert matmul_module.num_copies(10 << 20, 95 << 20) == 9
-    assert matmul_module.num_copies(300 << 20, 1 << 40) == 1
+    assert matmul_module.num_copies(500 << 20, 1 << 40) == 1
     assert matmul_module.num_copies(300 << 20, 10 << 20) == 1
     copies = matmul_module.rotate(torch.arange(10), 240)
     assert len(copies) == 3
     assert len({copy.data_ptr() for copy in copies}) == 3
     assert all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+def test_what_binds_is_what_takes_longest():
+    row = Comparison(
+        {"N": 8, "m": 1}, 1, 1000, 4000, 2, (timing("bitblas", 0.5), timing("peer", 1.0)), (), 3000, 3500,
+        {"bandwidth": 20000.0, "decode table4": 7500.0, "fma": 5000.0},
+    )  # fmt: skip
+    assert row.limits() == {"bandwidth": 0.2, "decode table4": 0.4, "fma": 0.2}
+    assert row.roofline() == ("decode table4", 0.8)
+    assert row.fields()["binds"] == "decode table4"
+    assert Comparison.parse(json.loads(json.dumps(row.fields()))) == row
+    assert row.peak_fraction("fma") == pytest.approx(0.4)
+    assert row.peak_fraction("int8") is None
+    sliced = dataclasses.replace(row, ceilings={**row.ceilings, "int8": 6000.0}, unit="int8", products=3)
+    assert sliced.limits() == {"bandwidth": 0.2, "decode table4": 0.4, "int8": 0.5}  # FMA is no limit any more
+    assert sliced.roofline() == ("int8", 1.0)
+    assert sliced.peak_fraction("fma") == pytest.approx(0.4)
+    assert dataclasses.replace(row, ceilings={}).roofline() is None
+    assert dataclasses.replace(row, timings=(timing("bitblas", None),)).roofline() is None
 
 
 def test_threads():
@@ -226,6 +251,21 @@ def test_integers_must_be_exact():
     assert not work.check(out).right
 
 
+def test_rows_differ_in_activations_alone():
+    one, two = (draw_workload(config("uint4"), m) for m in (1, 2))
+    assert one.weight is two.weight
+    assert one.scale is two.scale
+    assert not torch.equal(one.a[0], two.a[0])
+
+
+def test_turned_copies_are_judged_one_by_one():
+    work = draw_workload(config("uint4", A_dtype="float32", out_dtype="float32"), 3)
+    out = work.expected.float()
+    assert work.check_turned([out, out.roll(1, 1), out.roll(2, 1)], 1e-3).right
+    assert not work.check_turned([out, out], 1e-3).right
+    assert not work.check_turned([out, torch.full_like(out, math.nan).roll(1, 1)], 1e-3).right
+
+
 def test_the_same_seed_gives_the_same_workload():
     one, two, other = (draw_workload(config("nf4"), 2, seed) for seed in (1, 1, 2))
     assert torch.equal(one.a, two.a)
@@ -261,12 +301,85 @@ def test_a_compiler_that_fails_is_a_note(tmp_path):
         assert "no luck" in measure_machine(1).notes[-1]
 
 
-def test_peaks_and_bandwidth(monkeypatch):
-    if machine_module.find_compiler() is None:
-        pytest.skip("there is no C compiler")
+@pytest.fixture(scope="module")
+def probes():
+    try:
+        return Probes()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_peaks_and_bandwidth(monkeypatch, probes):
     monkeypatch.setattr(machine_module, "READ_BYTES", 64 << 20)
-    monkeypatch.setattr(machine_module, "_STEPS", 20_000)
-    found = measure_machine(1)
+    monkeypatch.setattr(machine_module, "_CALLS", 2)
+    found = measure_machine(1, probes)
     assert 1e8 < found.bandwidth < 1e13
     assert 1e8 < found.fma < 1e12
     assert found.cache_bytes >= 0
+
+
+DECODE_LOOPS = (
+    *("table1", "table2", "table4", "codebook4", "planes3", "planes5", "planes6", "planes7", "uint8", "int8"),
+    *("float8_e4m3", "float8_e5m2", "pairs4"),
+    *(f"dots{bits}{slices}" for bits in range(1, 9) for slices in ("", "x3")),
+)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("kind", DECODE_LOOPS)
+def test_decode_loops(probes, kind, wide):
+    features = host_features()
+    asks = {"dots": "avx512vnni", "pair": "avx512bf16"}.get(kind[:4], "avx512bw")
+    narrow = kind in ("table1", "table2", "table4", "uint8", "int8") and "avx2" in features
+    found = probes.decode(kind, 1, wide)
+    if not (wide and asks in features) and not narrow:
+        assert found is None
+        return
+    assert found.name == f"decode {kind}"
+    assert 1e8 < found.rate(3) < 1e12  # bytes of weights per second; a loop that was computed ahead would do more
+    assert found.work % 64 == 0
+    assert probes.decode(kind, 1, wide) is found
+
+
+def test_a_loop_that_does_not_exist(probes):
+    assert probes.decode("table9", 1) is None
+
+
+def test_a_decode_loop_takes_longer_than_its_multiplications(probes):
+    if "avx512bw" not in host_features():
+        pytest.skip("there is no AVX-512")
+    peak = probes.unit("fma", 1).rate(20)
+    rates = {bits: probes.decode(f"table{bits}", 1).rate(20) / bits * 8 for bits in (1, 2, 4)}
+    assert all(rate < 1.1 * peak for rate in rates.values())  # weights a second, each multiplied once
+
+
+@pytest.mark.parametrize(
+    ("cpu", "fields", "unit", "products", "kind"),
+    [
+        ("skylake-avx512", {"W_dtype": "uint4"}, "fma", 1, "table4"),
+        ("skylake-avx512", {"W_dtype": "nf4"}, "fma", 1, "codebook4"),
+        ("skylake-avx512", {"W_dtype": "int3"}, "fma", 1, "planes3"),
+        ("skylake-avx512", {"W_dtype": "int8"}, "fma", 1, "int8"),
+        ("icelake-server", {"W_dtype": "float8_e5m2"}, "fma", 1, "float8_e5m2"),
+        ("icelake-server", {"W_dtype": "float16", "with_scaling": False, "group_size": -1}, "fma", 1, ""),
+        ("icelake-server", {"W_dtype": "int2", "A_dtype": "int8", "out_dtype": "float32"}, "int8", 1, "dots2"),
+        ("icelake-server", {"W_dtype": "uint4"}, "int8", 3, "dots4x3"),
+        ("znver4", {"M": 16, "W_dtype": "uint4", "A_dtype": "bfloat16", "out_dtype": "bfloat16"}, "bf16", 1, "pairs4"),
+    ],
+)
+def test_what_a_kernel_is_held_against(cpu, fields, unit, products, kind):
+    asked = {"M": (1, 16), "N": 64, "K": 256, "with_scaling": True, "group_size": 128, "accum_dtype": "float32"}
+    op = Matmul(MatmulConfig(**{**asked, **fields}), target=f"llvm -mcpu={cpu}", from_database=True)
+    assert (unit_of(op, 1), products_of(op, 1), decode_kind(op, 1)) == (unit, products, kind)
+    assert (unit_of(op, 16), products_of(op, 16)) == (unit, products)
+
+
+def test_an_avx2_kernel_is_held_against_avx2(probes):
+    if "avx2" not in host_features():
+        pytest.skip("there is no AVX2")
+    cfg = MatmulConfig(M=(1, 64), N=64, K=256, W_dtype="uint4", with_scaling=True, accum_dtype="float32")
+    op = Matmul(cfg, target="llvm -mcpu=haswell", from_database=True)
+    names = [ceiling.name for ceiling in probes.of(op, 1, 1 << 20, 1)]
+    assert names == ["bandwidth", "decode table4", "fma"]
+    assert probes.of(op, 1, 1 << 20, 1)[1] is probes.decode("table4", 1, wide=False)
+    assert [ceiling.name for ceiling in probes.of(op, 64, 1 << 20, 1)] == ["fma"]
