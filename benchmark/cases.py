@@ -111,6 +111,11 @@ def uint4(a_dtype: str, shape: tuple[int, int], rows: Sequence[int]) -> Case:
     return replace(found, variants=(FLOAT32_VARIANT,)) if both else found
 
 
+def dynamic(shape: tuple[int, int], rows: Sequence[int]) -> Case:
+    """The headline case with activations quantized on the fly, beside peers that do the same."""
+    return case("float16", "uint4", shape, rows, "quantized", label="int8 by row", dynamic_quantization="row")
+
+
 def scaled_integers(rows: Sequence[int] = FEW_ROWS) -> Case:
     """int8 times int4 with scales in groups, beside the same without."""
     return replace(case("int8", "int4", HEADLINE, rows, scaled=True), variants=(PLAIN_VARIANT,))
@@ -151,6 +156,7 @@ def full() -> list[Case]:
         found.append(uint4("bfloat16", shape, ROWS if shape == HEADLINE else FEW_ROWS))
     found.append(uint4("float32", HEADLINE, (1, 16, 128, 512)))
     found.append(scaled_integers())
+    found.append(dynamic(HEADLINE, ROWS))
     found.append(case("int8", "int8", HEADLINE, (1, 16, 32, 64, 128, 512)))
     found += [case("int8", name, HEADLINE, FEW_ROWS) for name in ("uint4", "uint2")]
     found += small()
@@ -164,7 +170,7 @@ def quick() -> list[Case]:
     """The headline shape, a few formats and rows, one small shape: less than five minutes."""
     found = [uint4("float16", HEADLINE, (1, 16, 128, 512)), uint4("bfloat16", HEADLINE, (1, 128))]
     found += [case("int8", "int4", HEADLINE, (1, 16, 128, 512)), case("int8", "int2", HEADLINE, (1, 128))]
-    found += [scaled_integers((1,))]
+    found += [scaled_integers((1,)), dynamic(HEADLINE, (1, 128))]
     found += [case("float16", name, HEADLINE, (1,)) for name in ("uint1", "uint2", "uint3", "nf4", "int8")]
     return found + [each for each in small((1, 16)) if each.shape == (1024, 1024)]
 
