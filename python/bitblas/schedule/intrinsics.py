@@ -14,7 +14,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ..expr.decode import decode
-from ..expr.matmul import join_bytes
+from ..expr.matmul import join_bytes, stream_code
 from ..expr.pairs import PAIR, decode_pair, half, join_pair
 from ..expr.quads import quad_byte
 from ..formats import parse_format
@@ -212,6 +212,56 @@ def transpose_lanes(dtype: str, width: int, rows_ahead: int = 0) -> str:
     implementation = builder.get()
 
     return _register(f"bitblas.transpose_lanes_{dtype}_{width}_{rows_ahead}", meaning, implementation)
+
+
+@cache
+def unpack_zeros(bits: int) -> str:
+    """Sixteen zero points of 1, 2, 4 or 8 bits, side by side in a bit stream -> sixteen lanes, as float32. Any target."""
+    size = LANES * bits // 8
+    mask, word_bits = (1 << bits) - 1, min(32, LANES * bits)
+
+    def zero_of(Z: tirx.Buffer, lane: Expr) -> Expr:
+        return tirx.bitwise_and(stream_code(Z, 0, lane, bits, size), tirx.const(mask, "int32")).astype("float32")
+
+    @T.prim_func(s_tir=True)
+    def meaning(
+        Z: T.Buffer((size,), "int8", offset_factor=1), D: T.Buffer((LANES,), "float32", offset_factor=1)
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(Z[0:size])
+            T.writes(D[0:LANES])
+            for i in T.serial(0, LANES):
+                with T.sblock("zero"):
+                    lane = T.axis.remap("S", [i])
+                    D[lane] = zero_of(Z, lane)
+
+    def spread(values: Sequence[int]) -> Expr:
+        return tirx.Shuffle(
+            [tirx.const(value, "int32") for value in values], [tirx.const(i, "int32") for i in range(LANES)]
+        )
+
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("implementation")
+        z, d = B.arg("z", B.handle()), B.arg("d", B.handle())
+        Z = B.match_buffer(z, (size,), "int8", offset_factor=1)
+        D = B.match_buffer(d, (LANES,), "float32", offset_factor=1)
+        with B.sblock("root"):
+            B.reads(Z[0:size])
+            B.writes(D[0:LANES])
+            loaded = Z.vload([0], f"int8x{size}")
+            if bits == 8:
+                codes = tirx.reinterpret("uint8x16", loaded).astype("int32x16")
+            else:
+                words = LANES * bits // word_bits
+                found = tirx.reinterpret(f"uint{word_bits}x{words}" if words > 1 else f"uint{word_bits}", loaded)
+                wide = found.astype(f"int32x{words}" if words > 1 else "int32")
+                places = [tirx.const(i * bits // word_bits, "int32") for i in range(LANES)]
+                # a shuffle has at most as many results as arguments
+                each = tirx.Shuffle([wide] * (LANES // words), places) if words > 1 else tirx.Broadcast(wide, LANES)
+                shifted = tirx.shift_right(each, spread([i * bits % word_bits for i in range(LANES)]))
+                codes = tirx.bitwise_and(shifted, tirx.Broadcast(tirx.const(mask, "int32"), LANES))
+            B.buffer_store(D, codes.astype(f"float32x{LANES}"), [B.ramp(0, 1, LANES)])
+    return _register(f"bitblas.unpack_zeros_{bits}", meaning, builder.get())
 
 
 @cache

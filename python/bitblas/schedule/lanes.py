@@ -14,7 +14,7 @@ from ..config import MatmulConfig
 from ..expr.pairs import PAIR
 from ..expr.quads import needs_row_sum
 from ..layout import LANES, QUAD, UNIT
-from .intrinsics import load_words, transpose_lanes
+from .intrinsics import load_words, transpose_lanes, unpack_zeros
 from .rule import LINE_BYTES, Problem, Tiling
 
 
@@ -287,7 +287,10 @@ class _Nest:
             tile = sch.get_loops(sch.get_sblock("epilogue"))[-4] if late else place
             sch.compute_at(block, tile, preserve_unit_loops=True)
             group, n = sch.get_loops(block)[-2:]
-            if self.groups_at_once == 1 or (name == "zero" and config.zeros_packed):
+            packed = name == "zero" and config.zeros_packed
+            if packed and 8 % config.format.bits == 0 and config.N % self.tiling.block_n == 0:
+                sch.tensorize(self.split_lanes(n)[1], unpack_zeros(config.format.bits))
+            elif packed or self.groups_at_once == 1:
                 sch.vectorize(self.split_lanes(n)[1])
             else:  # blocks are not unrolled here: a square is a hundred instructions, and a tile many squares
                 blocks, lanes = sch.split(n, [self.lane_blocks, LANES])

@@ -13,9 +13,10 @@ Shape = tuple[int, int]
 #: Multiply-accumulates below which starting threads costs more than they save.
 SERIAL_WORK = 1 << 16
 
-#: How far ahead weights are asked for, the best first: at 1024 a 4-bit kernel of 4096 x 4096 took 392 us where without it took
-#: 426.
-PREFETCH_BYTES = (1024, 0, 512)
+#: How far ahead weights are asked for in each block of columns, the best first, where there are four blocks, and where there are
+#: fewer: one row of uint4, 4096 x 4096, took 249 us at 512 where it took 267 at 1024, and three rows, one block at a time, 442
+#: at 2048 and 496 at 1024; four took 578 at 1024, and 781 without.
+PREFETCH_BYTES, _PREFETCH_FEW = (512, 1024, 0), (2048, 1024, 0)
 
 #: Blocks of sums from which on they are no array on the stack, but memory that a prefetch might touch: compilers then store
 #: them with each (four rows of slices by 32 columns took 910 us with it, 618 without).
@@ -77,8 +78,10 @@ def decode_in_registers(problem: Problem, num_sums: int, per_row: int = 1, least
     tilings = _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 8)))
     found = []
     for tiling in tilings:
-        on_stack = tiling.block_m * per_row * tiling.block_n // LANES < _STACK_SUMS
-        found += [replace(tiling, prefetch=ahead) for ahead in (PREFETCH_BYTES if on_stack else (0,))]
+        blocks = tiling.block_n // LANES
+        distances = PREFETCH_BYTES if blocks >= _MOST_STREAMS else _PREFETCH_FEW
+        on_stack = tiling.block_m * per_row * blocks < _STACK_SUMS
+        found += [replace(tiling, prefetch=ahead) for ahead in (distances if on_stack else (0,))]
     return found
 
 

@@ -63,6 +63,17 @@ def test_look_up_pairs(name):
     )
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_unpack_zeros(bits):
+    from bitblas.schedule.intrinsics import unpack_zeros
+
+    stream = torch.randint(-128, 128, (2 * bits,), dtype=torch.int8)
+    meaning, implementation = both(unpack_zeros(bits), stream, torch.float32)
+    assert torch.equal(meaning, implementation)
+    number = int.from_bytes(stream.numpy().tobytes(), "little")
+    assert meaning.tolist() == [number >> (bits * lane) & ((1 << bits) - 1) for lane in range(16)]
+
+
 @pytest.mark.parametrize("unit", DOT_UNITS, ids=lambda unit: unit.name)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_dot_quads_at_the_ends_of_the_ranges(unit, bits):
