@@ -30,7 +30,7 @@ class DotUnit(Unit):
     Attributes
     ----------
     instruction : str
-        Its row in `bitblas.schedule.intrinsics.DOT_INSTRUCTIONS`.
+        Its row in `bitblas.schedule.products.DOT_INSTRUCTIONS`.
     dot : str
         What it multiplies: see `Tiling`.
     most_bits : int
@@ -108,8 +108,8 @@ class DotRule(UnitRule):
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""
-        from .intrinsics import dot_quads
         from .lanes import Intrinsics, schedule_lanes
+        from .products import dot_quads
 
         unit = self.unit
 

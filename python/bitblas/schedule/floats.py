@@ -21,7 +21,7 @@ class FloatUnit(Unit):
     Attributes
     ----------
     lookup : str
-        Its row in `bitblas.schedule.intrinsics.LOOKUPS`: how it finds a value in a table; empty where it has no way.
+        Its row in `bitblas.schedule.lookups.LOOKUPS`: how it finds a value in a table; empty where it has no way.
     lookup_bits : int
         Widest integer codes that are looked up and not computed; codebooks always are.
     """
@@ -64,8 +64,8 @@ class FloatRule(UnitRule):
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""
-        from .intrinsics import look_up
         from .lanes import Intrinsics, schedule_lanes
+        from .lookups import look_up
 
         fmt = problem.config.format
         decode = look_up(self.unit.lookup, fmt.name) if self.unit.looks_up(fmt) else None

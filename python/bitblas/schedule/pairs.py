@@ -65,8 +65,9 @@ class PairRule(UnitRule):
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
         """See `ScheduleRule`."""
-        from .intrinsics import BF16_LIBRARY, dot_pairs, look_up_pairs, pair_activations
         from .lanes import Intrinsics, schedule_lanes
+        from .lookups import look_up_pairs
+        from .products import BF16_LIBRARY, dot_pairs, pair_activations
 
         fmt = problem.config.format
         decode = look_up_pairs(fmt.name) if self.unit.looks_up(fmt) else None

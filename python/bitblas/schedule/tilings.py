@@ -13,7 +13,7 @@ Shape = tuple[int, int]
 #: Multiply-accumulates below which starting threads costs more than they save.
 SERIAL_WORK = 1 << 16
 
-#: How far ahead weights are asked for in each block of columns, the best first, where there are four blocks, and where there are
+#: How far ahead weights are asked for in each block of columns, best first, where there are four blocks, and where there are
 #: fewer: one row of uint4, 4096 x 4096, took 249 us at 512 where it took 267 at 1024, and three rows, one block at a time, 442
 #: at 2048 and 496 at 1024; four took 578 at 1024, and 781 without.
 PREFETCH_BYTES, _PREFETCH_FEW = (512, 1024, 0), (2048, 1024, 0)

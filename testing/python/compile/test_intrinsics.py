@@ -32,7 +32,7 @@ def both(name, codes, dtype):
 @pytest.mark.parametrize("instruction", ["vpermps_512", "vpermps_256"])
 @pytest.mark.parametrize("name", TABLES)
 def test_look_up(instruction, name):
-    from bitblas.schedule.intrinsics import look_up
+    from bitblas.schedule.lookups import look_up
 
     if {"vpermps_512": "avx512f", "vpermps_256": "avx2"}[instruction] not in host_features():
         pytest.skip(f"this CPU has no {instruction}")
@@ -46,7 +46,7 @@ def test_look_up(instruction, name):
 
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.is_integer and fmt.bits <= 5])
 def test_look_up_pairs(name):
-    from bitblas.schedule.intrinsics import look_up_pairs
+    from bitblas.schedule.lookups import look_up_pairs
 
     if "avx512bw" not in host_features():
         pytest.skip("this CPU has no vpermw")
@@ -80,7 +80,7 @@ def test_dot_quads_at_the_ends_of_the_ranges(unit, bits):
     """Every A is -128 or 127 and every byte the smallest or largest: where anything saturates, it is here."""
     from tvm.s_tir import TensorIntrin
 
-    from bitblas.schedule.intrinsics import dot_quads
+    from bitblas.schedule.products import dot_quads
 
     fmt, host = FORMATS[f"uint{bits}"], resolve_target()
     # the instruction for 256 bits has a second encoding, with AVX-512
