@@ -10,7 +10,7 @@ from ..formats import DataFormat
 from ..layout import LANES, dots_unit
 from ..target import Target
 from .rule import Problem, Tiling, Unit, UnitRule
-from .tilings import decode_in_registers, decode_to_panel, four_blocks_first, split_over_k
+from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel, four_blocks_first, split_over_k
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 #: k that are decoded into a panel of bytes at a time: 512 · 64 columns are 32 KB.
 _PANEL_K = 512
+
+#: Rows of bytes of activations that a decoded code must meet in registers, lest a panel is better.
+_ENOUGH_SUMS = 4
 
 #: Most activations that share the step of their slices.
 _SLICED_K = 512
@@ -100,8 +103,10 @@ class DotRule(UnitRule):
     def tilings(self, problem: Problem) -> list[Tiling]:
         """See `ScheduleRule`."""
         num_sums, slices = self.unit.num_sums(problem.target), num_slices(problem.config)
-        found = decode_in_registers(problem, num_sums, slices or 1)
-        found += four_blocks_first(decode_to_panel(problem, num_sums, slices or 1, _PANEL_K))
+        again = decode_in_registers(problem, num_sums, slices or 1)
+        once = four_blocks_first(decode_to_panel(problem, num_sums, slices or 1, _PANEL_K))
+        easy = problem.m <= DECODE_AGAIN_ROWS or again[0].block_m * (slices or 1) >= _ENOUGH_SUMS
+        found = again + once if easy else once + again
         most = _SLICED_K if slices else 0
         found = [replace(t, dot=self.unit.dot, slices=slices, chunk_k=t.chunk_k or most) for t in found]
         return split_over_k(problem, found)

@@ -48,10 +48,11 @@ _SHAPES: dict[int, tuple[Shape, ...]] = {
 #: Blocks of columns, each of which is read as a stream of its own, for one row: of nf4 four took 308 us and eight 325.
 _MOST_STREAMS = 4
 
-#: Most rows, and blocks of sums, beside codes that are being decoded, by how many blocks of sums would fit. 8 x 1 took 2411 us
-#: where 16 x 1 took 2532 and 8 x 2 2754 (nf4, M=16, 4096 x 4096, AVX-512 on Zen 4); 1 x 2 478 us where 1 x 6 took 605, and
-#: 4 x 1 2826 where 6 x 1 took 6562 (uint4, M=1 and M=16, AVX2).
-_BESIDE_CODES: dict[int, tuple[int, int]] = {24: (8, 12), 6: (4, 2), 3: (2, 2)}
+#: Beside codes that are being decoded: most rows, most blocks of sums one block wide, and of wider tiles, by how many blocks of
+#: sums would fit. 8 x 1 took 2411 us where 16 x 1 took 2532 and 8 x 2 2754 (nf4, M=16, 4096 x 4096, AVX-512 on Zen 4); of AVX2
+#: 4 x 1 took 2826 us where 2 x 1 took 4984 and 6 x 1 6562 (uint4, M=16), 2 x 1 672 where 2 x 2 took 1066, and 1 x 2 478 where
+#: 1 x 6 took 605.
+_BESIDE_CODES: dict[int, tuple[int, int, int]] = {24: (8, 12, 12), 6: (4, 4, 2), 3: (2, 2, 2)}
 
 
 def decode_in_registers(problem: Problem, num_sums: int, per_row: int = 1, least_sums: int = 1) -> list[Tiling]:
@@ -68,10 +69,10 @@ def decode_in_registers(problem: Problem, num_sums: int, per_row: int = 1, least
     least_sums : int
         Blocks of sums that hide the latency of the instruction which adds to them.
     """
-    most_rows, most_sums = _BESIDE_CODES[_fitting(num_sums)]
+    most_rows, most_sums, most_wide = _BESIDE_CODES[_fitting(num_sums)]
     most_rows = min(most_rows, max(1, most_sums // per_row))
     rows = -(-problem.m // -(-problem.m // most_rows))
-    width = max(-(-least_sums // (rows * per_row)), most_sums // (rows * per_row))
+    width = max(-(-least_sums // (rows * per_row)), most_wide // (rows * per_row))
     width = max(1, min(_MOST_STREAMS if rows == 1 else 8, width))
     shapes = [(rows, blocks) for blocks in dict.fromkeys((width, max(1, width // 2), width + 1))]
     shapes += [(max(1, rows // 2), width), (rows, width * 2)]
