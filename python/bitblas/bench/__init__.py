@@ -1,15 +1,14 @@
 """Measuring: candidates side by side on weights that come from memory, each checked against a float64 reference."""
 
+from ..measuring import cache_bytes, num_copies, rotate
 from .ceilings import Ceiling, Probes, decode_kind, products_of, unit_of
-from .machine import Machine, cache_bytes, measure_machine
+from .machine import Machine, measure_machine
 from .matmul import (
     Comparison,
     Peer,
     Skipped,
     compare,
-    num_copies,
     own_variant,
-    rotate,
     torch_dense,
     torch_int_mm,
     use_threads,

@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
 from ..errors import BitBLASError
+from ..measuring import READ_TIMES, cache_bytes, cpu_name, read_bytes
 from ..target import host_features, host_target
 from .ceilings import UNITS, Probes
 
-#: Bytes that are read to measure the bandwidth, and that the copies of a weight have together: so many times the last-level
-#: cache, but not more. Caches keep a part of what is somewhat larger: here reading 32, 64, 96, 128, 256 MB in a circle, with a
-#: cache of 32, gave 69, 43, 40, 34, 34 GB/s (medians of six).
-READ_TIMES, READ_BYTES = 4, 1 << 30
 #: Calls of which the best counts: of each loop in registers, and of reading.
 _CALLS, _PASSES = 40, 8
-_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 @dataclass(frozen=True)
@@ -56,36 +51,6 @@ class Machine:
     def fields(self) -> dict[str, object]:
         """As JSON values."""
         return asdict(self)
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def cache_bytes() -> int:
-    """Size of the last-level cache that the first CPU sees; 0 where the system does not tell."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = [0]
-    for path in _CACHE.glob("index*/size"):
-        try:
-            text = path.read_text().strip()
-            sizes.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
-        except (OSError, ValueError):
-            continue
-    return max(sizes)
-
-
-def read_bytes() -> int:
-    """How many bytes to read in a circle so that they come from memory."""
-    return min(READ_BYTES, READ_TIMES * max(16 << 20, cache_bytes()))
 
 
 def measure_machine(threads: int | None = None, probes: Probes | None = None) -> Machine:

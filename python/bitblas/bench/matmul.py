@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional
 
 from ..errors import ArgumentError, BitBLASError
+from ..measuring import read_bytes, rotate
 from ..ops import Matmul
 from .ceilings import Probes, products_of, unit_of
-from .machine import Machine, read_bytes
+from .machine import Machine
 from .timing import Candidate, Timing, side_by_side
 from .workload import Workload, draw_workload
 
@@ -57,18 +58,6 @@ def use_threads(threads: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def num_copies(num_bytes: int, budget: int) -> int:
-    """How many copies of a weight come from memory when they are used in turn, within a budget of bytes; at least one."""
-    wanted = -(-read_bytes() // max(1, num_bytes))
-    return max(1, min(wanted, budget // max(1, num_bytes)))
-
-
-def rotate(weight: torch.Tensor, budget: int) -> list[torch.Tensor]:
-    """Copies of a weight to be used in turn, so that each comes from memory as it does in a model."""
-    count = num_copies(weight.numel() * weight.element_size(), budget)
-    return [weight, *(weight.clone() for _ in range(count - 1))]
 
 
 @dataclass(frozen=True)

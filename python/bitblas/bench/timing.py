@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-#: A turn ends after this many seconds, but not before this many calls, the first of which is not counted; or after so many.
-TURN_SECONDS, LEAST_CALLS, TURN_CALLS = 0.05, 3, 40
+from ..measuring import take_turn
+
 #: Before a turn, so that threads of the one before, which spin while they wait for more work, have gone to sleep: the CPU time
 #: of a process showed that onnxruntime's do so for 44 ms, those of OpenMP for 10, OpenVINO's for 1.
 SETTLE_SECONDS = 0.06
@@ -113,12 +113,7 @@ class _Run:
     def turn(self, clock: Callable[[], float]) -> None:
         """Call for one turn. The first call pays for what the others did to caches and thread pools and is not counted."""
         self.settle(SETTLE_SECONDS)
-        taken: list[float] = []
-        while len(taken) < LEAST_CALLS or (sum(taken) < TURN_SECONDS and len(taken) < TURN_CALLS):
-            began = clock()
-            self.call()
-            taken.append(clock() - began)
-        self.seconds += [seconds / self.candidate.repeats for seconds in taken[1:]]
+        self.seconds += [seconds / self.candidate.repeats for seconds in take_turn(self.call, clock)[1:]]
 
 
 def side_by_side(

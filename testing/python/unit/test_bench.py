@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bitblas import ArgumentError, BuildError, Matmul, MatmulConfig, env
+from bitblas import ArgumentError, BuildError, Matmul, MatmulConfig, env, measuring
 from bitblas.bench import (
     Candidate,
     Comparison,
@@ -23,10 +23,10 @@ from bitblas.bench import (
     use_threads,
 )
 from bitblas.bench import machine as machine_module
-from bitblas.bench import matmul as matmul_module
 from bitblas.bench import timing as timing_module
-from bitblas.bench.timing import MIN_CALLS, TURN_CALLS
+from bitblas.bench.timing import MIN_CALLS
 from bitblas.formats import FORMATS
+from bitblas.measuring import TURN_CALLS
 from bitblas.target import host_features
 
 RIGHT = Verdict(0.0, True)
@@ -156,13 +156,14 @@ def test_ratios_and_fractions():
 
 
 def test_weights_are_rotated_far_beyond_the_cache_within_the_budget(monkeypatch):
-    monkeypatch.setattr(machine_module, "cache_bytes", lambda: 100 << 20)
-    assert matmul_module.num_copies(10 << 20, 1 << 40) == 40
-    assert matmul_module.num_copies(30 << 20, 1 << 40) == 14
-    assert matmul_module.num_copies(10 << 20, 95 << 20) == 9
-    assert matmul_module.num_copies(500 << 20, 1 << 40) == 1
-    assert matmul_module.num_copies(300 << 20, 10 << 20) == 1
-    copies = matmul_module.rotate(torch.arange(10), 240)
+    monkeypatch.setattr(measuring, "cache_bytes", lambda: 100 << 20)
+    assert measuring.num_copies(10 << 20, 1 << 40) == 40
+    assert measuring.num_copies(30 << 20, 1 << 40) == 14
+    assert measuring.num_copies(10 << 20, 95 << 20) == 9
+    assert measuring.num_copies(500 << 20, 1 << 40) == 1
+    assert measuring.num_copies(300 << 20, 10 << 20) == 1
+    assert measuring.num_copies(1, 1 << 40) == measuring.MAX_COPIES
+    copies = measuring.rotate(torch.arange(10), 240)
     assert len(copies) == 3
     assert len({copy.data_ptr() for copy in copies}) == 3
     assert all(torch.equal(copy, copies[0]) for copy in copies)
@@ -310,7 +311,7 @@ def probes():
 
 
 def test_peaks_and_bandwidth(monkeypatch, probes):
-    monkeypatch.setattr(machine_module, "READ_BYTES", 64 << 20)
+    monkeypatch.setattr(measuring, "READ_BYTES", 64 << 20)
     monkeypatch.setattr(machine_module, "_CALLS", 2)
     found = measure_machine(1, probes)
     assert 1e8 < found.bandwidth < 1e13
