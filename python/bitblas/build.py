@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from . import env
 from ._version import __version__
 from .errors import BuildError
-from .layout import LANES
 from .logs import progress
 from .plan import MatmulPlan
 from .sources import source_digest, source_dir
+from .target import Target
 
 if TYPE_CHECKING:
     import tvm
@@ -84,17 +84,12 @@ def expression_module(plan: MatmulPlan) -> tvm.IRModule:
     """The plan's kernels as unscheduled functions, each described for the schedule pass."""
     import tvm
 
-    from .expr import MatmulExpr, matmul_func
-    from .transform import describe
+    from .transform import described_func
 
-    functions = {}
-    for kernel in plan.kernels:
-        tiling = kernel.tiling
-        chunk = tiling.chunk(plan.config, plan.layout)
-        tile = tiling.block_m, tiling.block_n // LANES, chunk
-        expr = MatmulExpr(plan.config, plan.layout, *tile, tiling.dot, tiling.slices, tiling.split_k)
-        func = describe(matmul_func(expr, kernel.name), plan.problem(kernel), kernel.rule, tiling)
-        functions[kernel.name] = func
+    functions = {
+        kernel.name: described_func(plan.problem(kernel), kernel.rule, kernel.tiling, kernel.name)
+        for kernel in plan.kernels
+    }
     return tvm.IRModule(functions)
 
 
@@ -131,23 +126,30 @@ def compile_plan(
     """
     step("loading TVM")
     try:
-        import tvm
+        import tvm  # noqa: F401 - to find out whether it can be
     except ImportError as error:
         raise BuildError(
             f"compiling an operator needs TVM, which cannot be imported ({error}); install it with: "
             "pip install 'apache-tvm>=0.27,<0.28' 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
         ) from error
-    from .lowering import PIPELINE
-
     try:
         step("scheduling")
         mod = scheduled_module(plan)
         step("compiling")
-        # operators check what users hand over; a second check of each tensor would cost as much as the launch
-        with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-            return tvm.compile(mod, target=plan.target.as_tvm(), tir_pipeline=PIPELINE), mod.script()
+        return compile_module(mod, plan.target), mod.script()
     except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {plan.config} for {plan.target}", output=str(error)) from error
+
+
+def compile_module(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
+    """Compile scheduled functions in this process; TVM's own errors pass."""
+    import tvm
+
+    from .lowering import PIPELINE
+
+    # operators check what users hand over; a second check of each tensor would cost as much as the launch
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        return tvm.compile(mod, target=target.as_tvm(), tir_pipeline=PIPELINE)
 
 
 def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> None:

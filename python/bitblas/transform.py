@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import tvm
 from tvm import tirx
 
 from .config import MatmulConfig
-from .layout import PackedLayout
+from .errors import BitBLASError, BuildError
+from .expr import MatmulExpr, matmul_func
+from .layout import LANES, PackedLayout
+from .logs import get_logger
 from .schedule import Problem, ScheduleRule, Tiling, select_rule
+from .schedule.cost import rank
 from .target import Target, resolve_target
 
 #: The function attribute that says what a function computes.
@@ -28,6 +33,30 @@ def describe(func: tirx.PrimFunc, problem: Problem, rule: str, tiling: Tiling) -
         }
     )
     return func.with_attr({PROBLEM_ATTR: text})
+
+
+def described_func(problem: Problem, rule: str, tiling: Tiling, name: str) -> tirx.PrimFunc:
+    """The unscheduled function of a problem, with the block sizes of a tiling, described."""
+    config, layout = problem.config, problem.layout
+    tile = tiling.block_m, tiling.block_n // LANES, tiling.chunk(config, layout)
+    expr = MatmulExpr(config, layout, *tile, tiling.dot, tiling.slices, tiling.split_k)
+    return describe(matmul_func(expr, name), problem, rule, tiling)
+
+
+def _read(func: object, target: Target) -> tuple[Problem, str, Tiling] | None:
+    """What `describe` attached: the problem, a rule's name and a tiling; None for other functions."""
+    if not isinstance(func, tirx.PrimFunc) or PROBLEM_ATTR not in func.attrs:
+        return None
+    facts = json.loads(str(func.attrs[PROBLEM_ATTR]))
+    config = MatmulConfig(**facts["config"])
+    layout = PackedLayout(config.N, config.K, config.format.bits, facts["layout"])
+    return Problem(config, layout, target, facts["m"]), facts["rule"], Tiling(**facts["tiling"])
+
+
+def _rule_for(rules: tuple[ScheduleRule, ...], name: str, problem: Problem) -> ScheduleRule:
+    """The named rule, where it does not decline, else the first that does not."""
+    named = [rule for rule in rules if rule.name == name and rule.decline(problem) is None]
+    return named[0] if named else select_rule(rules, problem)
 
 
 @tvm.transform.module_pass(opt_level=0, name="ApplyDefaultSchedule")
@@ -58,21 +87,77 @@ class ApplyDefaultSchedule:
         """Return the module with its functions scheduled."""
         scheduled = {}
         for name, func in mod.functions_items():
-            if not isinstance(func, tirx.PrimFunc) or PROBLEM_ATTR not in func.attrs:
+            described = _read(func, self.target)
+            if described is None:
                 scheduled[name] = func
                 continue
-            scheduled[name] = self._schedule(func)
+            problem, rule, tiling = described
+            scheduled[name] = _rule_for(self.rules, rule, problem).apply(func, problem, tiling).mod["main"]
         return tvm.IRModule(scheduled, attrs=mod.attrs)
 
-    def _schedule(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
-        facts = json.loads(str(func.attrs[PROBLEM_ATTR]))
-        config = MatmulConfig(**facts["config"])
-        layout = PackedLayout(config.N, config.K, config.format.bits, facts["layout"])
-        problem = Problem(config, layout, self.target, facts["m"])
-        tiling = Tiling(**facts["tiling"])
-        named = [rule for rule in self.rules if rule.name == facts["rule"] and rule.decline(problem) is None]
-        rule = named[0] if named else select_rule(self.rules, problem)
-        return rule.apply(func, problem, tiling).mod["main"]
+
+@tvm.transform.module_pass(opt_level=0, name="ApplyFastTuning")
+class ApplyFastTuning:
+    """Schedule each described function of a module by the fastest of the likely tilings of its rule.
+
+    A function is written anew for each tiling, since its block sizes are those of a tiling. Its own tiling comes first, and
+    is replaced by one that took less time. Functions without a description pass through.
+
+    Parameters
+    ----------
+    rules : tuple of ScheduleRule
+        In order of preference.
+    measure : callable
+        Takes a module with one scheduled function, and the problem that it solves; returns seconds, or raises a
+        `BitBLASError`, which loses the tiling and not the pass. `bitblas.tuner.measure_module` is one.
+    topk : int
+        Tilings of a function to try at most.
+    target : Target, optional
+        What to schedule for; None resolves as operators do.
+
+    Raises
+    ------
+    RuntimeError
+        Every rule declined a function, or every tiling of one was lost; the text says why.
+    """
+
+    def __init__(
+        self,
+        rules: tuple[ScheduleRule, ...],
+        measure: Callable[[tvm.IRModule, Problem], float],
+        topk: int = 20,
+        target: Target | None = None,
+    ) -> None:
+        self.rules, self.measure, self.topk = tuple(rules), measure, max(1, topk)
+        self.target = resolve_target(target)
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Return the module with its functions scheduled."""
+        scheduled = {}
+        for name, func in mod.functions_items():
+            described = _read(func, self.target)
+            scheduled[name] = func if described is None else self._fastest(name.name_hint, *described)
+        return tvm.IRModule(scheduled, attrs=mod.attrs)
+
+    def _fastest(self, name: str, problem: Problem, rule_name: str, own: Tiling) -> tirx.PrimFunc:
+        rule = _rule_for(self.rules, rule_name, problem)
+        offered = rank(problem, rule.tilings(problem))
+        if own in offered:
+            offered = list(dict.fromkeys([own, *offered]))
+        times: list[tuple[float, tirx.PrimFunc]] = []
+        lost: list[str] = []
+        for tiling in offered[: self.topk]:
+            func = rule.apply(described_func(problem, rule.name, tiling, name), problem, tiling).mod["main"]
+            try:
+                times.append((self.measure(tvm.IRModule({name: func}), problem), func))
+            except BitBLASError as error:
+                get_logger().warning("tuning lost %s for m=%d: %s", tiling, problem.m, error)
+                lost.append(str(error))
+        if not times:
+            raise BuildError(
+                f"none of {len(lost)} tilings of {name} could be measured", output="\n".join(dict.fromkeys(lost))
+            )
+        return min(times, key=lambda row: row[0])[1]
 
 
-__all__ = ["PROBLEM_ATTR", "ApplyDefaultSchedule", "describe"]
+__all__ = ["PROBLEM_ATTR", "ApplyDefaultSchedule", "ApplyFastTuning", "describe", "described_func"]
