@@ -9,7 +9,7 @@ import importlib
 
 from ._version import __version__
 from .config import MatmulConfig
-from .errors import ArgumentError, ArtifactError, BitBLASError, BuildError, ConfigError, UnsupportedError
+from .errors import ArgumentError, ArtifactError, BitBLASError, BuildError, ConfigError, RemoteError, UnsupportedError
 from .logs import logger, set_log_level
 from .ops import Matmul
 from .utils import auto_detect_nvidia_target
@@ -24,6 +24,7 @@ __all__ = [
     "MatmulConfig",
     "MatmulConfigWithSplitK",
     "MatmulWithSplitK",
+    "RemoteError",
     "UnsupportedError",
     "__version__",
     "auto_detect_nvidia_target",

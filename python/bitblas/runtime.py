@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import tvm_ffi
 
-from .plan import MatmulPlan
+from .plan import KernelPlan, MatmulPlan
 
 if TYPE_CHECKING:
     import tvm
@@ -66,6 +66,12 @@ def wrap_executable(executable: tvm.runtime.Executable, plan: MatmulPlan) -> Ker
     return _kernels(executable.jit(), plan)
 
 
+def wrap_function(executable: tvm.runtime.Executable, name: str, m: int) -> Kernels:
+    """Use one function that TVM has just compiled in memory, always called with `m` rows at once."""
+    _watch_forks()
+    return Kernels(executable.jit(), [(m, name, m)])
+
+
 @cache
 def _watch_forks() -> None:
     os.register_at_fork(after_in_child=_compute_alone)
@@ -78,9 +84,12 @@ def _compute_alone() -> None:
     os.sched_setaffinity(0, cpus)  # which TVM has changed
 
 
+def slab_rows(plan: MatmulPlan, kernel: KernelPlan) -> int:
+    """Rows that one launch of a kernel computes at most."""
+    indexable = max(1, MAX_ELEMENTS // plan.row_elements(kernel) - kernel.tiling.block_m)
+    return min(kernel.tiling.slab_m or indexable, indexable)
+
+
 def _kernels(module: object, plan: MatmulPlan) -> Kernels:
-    slabs = {}
-    for kernel in plan.kernels:
-        indexable = max(1, MAX_ELEMENTS // plan.row_elements(kernel) - kernel.tiling.block_m)
-        slabs[kernel.name] = min(kernel.tiling.slab_m or indexable, indexable)
+    slabs = {kernel.name: slab_rows(plan, kernel) for kernel in plan.kernels}
     return Kernels(module, [(m, name, slabs[name]) for m, name in plan.buckets])

@@ -95,6 +95,7 @@ class Database:
             "config": _fields(op.config),
             "target": op.target.fields(),
             "tilings": {str(m): tiling.fields() for m, tiling in op.plan.tilings.items()},
+            "tuning": op.tuning_record,
             "toolchain": artifact.manifest["toolchain"],
             "key": artifact.key,
         }
@@ -201,7 +202,7 @@ class Database:
             raise _DamagedError(f"{type(error).__name__}: {error}") from error
         if provided is None:
             raise _DamagedError(f"its library, artifact {record['key']}, is missing or damaged")
-        return kind.restore(config, plan, provided)
+        return kind.restore(config, plan, provided, record=record.get("tuning"))
 
     def _directory(self, target: Target) -> Path:
         return self._index / artifact_key(target.fields())[:16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -90,18 +90,26 @@ class Matmul(WithWeights, WithFacts):
         if backend not in BACKENDS:
             raise ConfigError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
         resolved = resolve_target(target)
-        tuned = tuner.load_record(config, resolved) if enable_tuning else None
-        self._install(config, plan_matmul(config, resolved, tuned), None, name, backend)
+        record = tuner.read_record(config, resolved) if enable_tuning else None
+        tuned = tuner.choices(record) if record else None
+        self._install(config, plan_matmul(config, resolved, tuned), None, name, backend, record)
         self._from_database = from_database
         if not from_database:
             self._provide()
 
     def _install(
-        self, config: MatmulConfig, plan: MatmulPlan, provided: Provided | None, name: str, backend: str
+        self,
+        config: MatmulConfig,
+        plan: MatmulPlan,
+        provided: Provided | None,
+        name: str,
+        backend: str,
+        record: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.name, self.backend = config, name, backend
         self.target: Target = plan.target
         self.plan = plan
+        self._tuning_record = record
         self._from_database = False
         self._lock = ForkLock()
         self._provided = provided
@@ -116,10 +124,11 @@ class Matmul(WithWeights, WithFacts):
         provided: Provided | None = None,
         name: str = "matmul",
         backend: str = "tl",
+        record: dict[str, Any] | None = None,
     ) -> Self:
         """An operator whose plan, and perhaps kernels, are there already; without kernels the first call provides them."""
         op = cls.__new__(cls)
-        op._install(config, plan, provided, name, backend)
+        op._install(config, plan, provided, name, backend, record)
         return op
 
     # -- calling ---------------------------------------------------------------------------------------------------------
@@ -206,40 +215,57 @@ class Matmul(WithWeights, WithFacts):
         """Where the kernels came from: ``"loaded"``, ``"compiled"``, ``"in memory"``, or ``"not built"``."""
         return self._provided.origin if self._provided else "not built"
 
+    @property
+    def tuning_record(self) -> dict[str, Any] | None:
+        """What was measured when its tilings were chosen, as JSON values; None where they are the defaults, or not known."""
+        return self._tuning_record
+
     def hardware_aware_finetune(
-        self, topk: int = 20, target: object = None, parallel_build: bool = True
+        self, topk: int = 20, target: object = None, parallel_build: bool = True, seconds: float = tuner.SECONDS
     ) -> dict[int, dict[str, object]]:
-        """Measure the rules' tilings for each bucket, keep the fastest, store the record, and use it.
+        """Measure the rules' tilings for each bucket, choose those that are clearly faster, store the record, and use it.
+
+        Candidates are built and run in child processes, so that one that crashes or hangs loses itself only. Ctrl-C ends it
+        early, with a warning: what was found until then is kept and used, where at least one default was measured.
 
         Parameters
         ----------
         topk : int
-            How many tilings of a bucket to try at most.
+            How many tilings of a bucket to try at most: the default, and those that a model of their costs prefers.
         target : None, str, dict, Target, or tvm.target.Target
             What to compile for from now on: a target whose kernels read weights in this operator's layout. None keeps the
             operator's.
         parallel_build : bool
-            Accepted; candidates are built one after the other.
+            Whether to build as many candidates at once as there are physical cores.
+        seconds : float
+            How long to take, about. A bucket that the time does not reach keeps its default.
 
         Returns
         -------
         dict
-            By bucket: ``"tiling"``, the fields of the fastest, and ``"candidates"``, a list of ``{"tiling", "seconds"}`` with
-            the median seconds of a call.
+            By bucket that was measured: ``"tiling"``, the fields of the choice, and ``"default"``, those of what it was
+            compared with; ``"candidates"``, a list of ``{"tiling", "seconds"}`` with the median seconds of a call, and
+            ``"lost"``, of ``{"tiling", "error"}``; ``"gain"``, how many times as long the default took, ``"noise"``, how far
+            from 1 that had to be to count, and ``"rounds"``, in how many rounds it was measured.
 
         Raises
         ------
         ArgumentError
-            `topk` is no int of at least 1, or the target's kernels read weights in another layout.
+            `topk` is no int of at least 1, `seconds` no number above 0, or the target's kernels read weights in another
+            layout.
         ConfigError
             The target is not understood.
         UnsupportedError
             No schedule rule serves the config on the target, or this machine cannot run it.
         BuildError
-            Not one tiling of a bucket could be built.
+            Not one tiling of a bucket could be built and run.
+        KeyboardInterrupt
+            Ctrl-C, before a default was measured.
         """
         if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
             raise ArgumentError(f"topk is {topk!r}; it must be an integer of at least 1")
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise ArgumentError(f"seconds is {seconds!r}; it must be a number above 0")
         chosen = self.target if target is None else resolve_target(target)
         needed = plan_matmul(self.config, chosen).layout
         if needed != self.layout:  # weights that were transformed before would be read wrongly
@@ -247,13 +273,13 @@ class Matmul(WithWeights, WithFacts):
                 f"target is {target!r}, whose kernels read weights in the layout {needed.name!r}; those of this operator lie "
                 f"in {self.layout.name!r}. Construct another operator for it"
             )
-        found = tuner.tune(self.config, chosen, topk, lambda plan: provide(plan).kernels, self._time_rows)
-        tuner.save_record(self.config, chosen, found)
-        plan = plan_matmul(self.config, chosen, {m: row.tiling for m, row in found.items()})
+        found, record = tuner.tune_here(self.config, chosen, topk, seconds, parallel_build)
+        plan = plan_matmul(self.config, chosen, tuner.choices(record))
         provided = provide(plan)
         with self._lock.held():
             self.target, self.plan, self._provided, self._kernels = chosen, plan, provided, provided.kernels
-        return {m: row.fields() for m, row in found.items()}
+            self._tuning_record = record
+        return {m: row.fields() for m, row in found.buckets.items()}
 
     def profile_latency(self, dynamic_symbolic_constraints: dict[str, int] | None = None) -> float:
         """Median milliseconds of a call on random data, for the largest bucket or the m that is asked for.
@@ -309,7 +335,10 @@ class Matmul(WithWeights, WithFacts):
 
     def __reduce__(self) -> tuple[object, ...]:
         root = self.artifact.path.parents[1] if self.artifact else store().root if self._provided else None
-        return type(self)._unpickle, (self.config, self.target, self.plan.tilings, self.name, self.backend, root)
+        return type(self)._unpickle, (
+            *(self.config, self.target, self.plan.tilings, self.name, self.backend, root),
+            self._tuning_record,
+        )
 
     @classmethod
     def _unpickle(
@@ -320,6 +349,7 @@ class Matmul(WithWeights, WithFacts):
         name: str,
         backend: str,
         root: Path | None,
+        record: dict[str, Any] | None,
     ) -> Self:
         """The operator with the same tilings; `root` is the store of its kernels, None where it had none yet."""
         plan = plan_matmul(config, target, tilings)
@@ -328,7 +358,7 @@ class Matmul(WithWeights, WithFacts):
             with suppress(ArtifactError, OSError):  # it comes from another machine, where that directory was another
                 provided = load(plan, root)
             provided = provided or provide(plan)
-        return cls.restore(config, plan, provided, name, backend)
+        return cls.restore(config, plan, provided, name, backend, record)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Matmul:
         return self  # it holds no state that a copy could change

@@ -1,7 +1,6 @@
 """What an operator offers beside being called: sources, facts, tuning, lifecycle."""
 
 import copy
-import json
 import logging
 import os
 import pickle
@@ -176,31 +175,6 @@ def test_a_build_is_quiet_by_default(store, capfd, caplog):
 # -- tuning ----------------------------------------------------------------------------------------------------------------
 
 
-def test_tuning_keeps_the_fastest_and_is_remembered(store, monkeypatch):
-    cfg = small(N=128)
-    op = Matmul(cfg, enable_tuning=False)
-    candidates, before = provider_tilings(op), op.scheduled_ir_module.script()
-    slowest_first = iter(range(1000, 0, -1))
-    monkeypatch.setattr(tuner, "measure", lambda *_: float(next(slowest_first)))
-    found = op.hardware_aware_finetune(topk=3)
-    assert set(found) == {1, 16}
-    for m, row in found.items():
-        assert len(row["candidates"]) == min(3, len(candidates[m]))
-        assert row["tiling"] == row["candidates"][-1]["tiling"]  # each one measured faster than the one before
-    result, expected = call(op)
-    assert torch.allclose(result, expected, rtol=1e-2, atol=0.2)
-    assert Matmul(cfg, enable_tuning=True).plan == op.plan
-    assert op.scheduled_ir_module.script() != before
-    assert Matmul(cfg, enable_tuning=False).plan != op.plan
-
-
-def provider_tilings(op):
-    from bitblas.schedule import RULES, Problem, select_rule
-
-    problems = {m: Problem(op.config, op.layout, op.target, m) for m in op.config.buckets}
-    return {m: select_rule(RULES, problem).tilings(problem) for m, problem in problems.items()}
-
-
 def test_a_damaged_record_counts_as_none(store, caplog):
     cfg = small(N=96)
     op = Matmul(cfg, enable_tuning=False)
@@ -210,36 +184,6 @@ def test_a_damaged_record_counts_as_none(store, caplog):
     with caplog.at_level(logging.WARNING, "bitblas"):
         assert Matmul(cfg, enable_tuning=True).plan == op.plan
     assert "is ignored" in caplog.text
-
-
-def test_a_record_says_what_was_measured(store):
-    cfg = small(N=96)
-    target = Matmul(cfg, from_database=True).target
-    tuner.save_record(cfg, target, {1: tuner.TunedBucket(Tiling(1, 16, 8), ((Tiling(1, 16, 8), 0.5),))})
-    record = json.loads(next(store.glob("tuning/*.json")).read_text())
-    assert record["config"]["N"] == 96
-    assert record["buckets"]["1"]["candidates"][0]["seconds"] == 0.5
-
-
-def test_a_candidate_that_cannot_be_built_loses_only_itself():
-    cfg = small(M=1, N=256)
-    target = Matmul(cfg, from_database=True).target
-    lost = []
-
-    def build(plan):
-        if not lost:
-            lost.append(plan)
-            raise BuildError("no luck")
-        return
-
-    found = tuner.tune(cfg, target, 3, build, lambda *_: 1.0)
-    assert found[1].tiling != lost[0].kernels[0].tiling
-
-    def never(_plan):
-        raise BuildError("no luck")
-
-    with pytest.raises(BuildError, match="none of 3 tilings for m=1"):
-        tuner.tune(cfg, target, 3, never, lambda *_: 1.0)
 
 
 def test_latency_is_measured_in_milliseconds(op):
@@ -256,6 +200,12 @@ def test_latency_is_measured_in_milliseconds(op):
 def test_a_wrong_number_of_candidates(op, topk):
     with pytest.raises(ArgumentError, match=r"topk is .*; it must be an integer of at least 1"):
         op.hardware_aware_finetune(topk)
+
+
+@pytest.mark.parametrize("seconds", [0, -3, "x", True, float("nan")])
+def test_a_wrong_time(op, seconds):
+    with pytest.raises(ArgumentError, match=r"seconds is .*; it must be a number above 0"):
+        op.hardware_aware_finetune(seconds=seconds)
 
 
 def test_operators_can_be_copied_and_pickled(op):

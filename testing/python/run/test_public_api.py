@@ -31,6 +31,7 @@ from bitblas.ops import (
     QuantCompressConfig,
 )
 from bitblas.quantization import gen_quant4, general_compress, interleave_weight
+from bitblas.schedule import RULES, Problem, select_rule
 from bitblas.target import Target, resolve_target
 from scripts import report
 
@@ -241,14 +242,16 @@ def test_from_database_builds_nothing_until_called(store):
 
 
 def test_enable_tuning_takes_a_record_and_never_measures(store, monkeypatch):
-    tuned = Matmul(uint4(M=1), enable_tuning=False)
-    default = tuned.plan
-    times = iter(range(100, 0, -1))  # each candidate is faster than the one before
-    monkeypatch.setattr(tuner, "measure", lambda *_: float(next(times)))
-    tuned.hardware_aware_finetune(topk=2)
+    default = Matmul(uint4(M=1), enable_tuning=False).plan
+    problem = Problem(default.config, default.layout, default.target, 1)
+    other = select_rule(RULES, problem).tilings(problem)[1]
+    tuner.save_record(uint4(M=1), default.target, {1: tuner.TunedBucket(other, ((other, 1e-6),))})
     monkeypatch.setattr(tuner, "measure", None)
-    assert Matmul(uint4(M=1), enable_tuning=True).plan == tuned.plan != default
+    monkeypatch.setattr(tuner, "tune", None)
+    assert Matmul(uint4(M=1), enable_tuning=True).plan.tilings == {1: other} != default.tilings
+    assert Matmul(uint4(M=1), enable_tuning=True).tuning_record["buckets"]["1"]["candidates"][0]["seconds"] == 1e-6
     assert Matmul(uint4(M=1), enable_tuning=False).plan == default
+    assert Matmul(uint4(M=1), enable_tuning=False).tuning_record is None
     assert right(Matmul(uint4(M=1)), m=1)
 
 

@@ -1,0 +1,259 @@
+"""Building and measuring on this machine: in children, so that a crash or a hang loses a candidate and not the process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..artifacts.process import this_process
+from ..build import LIBRARY, build_library, compile_module, compile_plan, find_compiler
+from ..config import MatmulConfig
+from ..errors import BitBLASError, BuildError
+from ..logs import warn_once
+from ..measuring import Operands, spoil, take_turn, time_kernels
+from ..plan import MatmulPlan
+from ..runtime import Kernels, load_kernels, wrap_executable, wrap_function
+from ..schedule import Problem
+from ..target import Target
+from .children import Children
+from .search import LostError, Workbench
+
+if TYPE_CHECKING:
+    import tvm
+
+#: Seconds that a build may take, and the first turn with a number of rows, which draws the operands: more is a hang.
+BUILD_SECONDS, FIRST_SECONDS = 120.0, 120.0
+#: The other turns may take this many seconds, and this many times as long as that first one.
+TURN_SECONDS, SLOWER = 5.0, 3.0
+#: Seconds of a turn: there are many candidates, and most are far off.
+RACE_SECONDS = 0.03
+#: How far results may differ, as parts of themselves and of their root mean square: tilings add in different orders.
+RELATIVE, ABSOLUTE = 1e-2, 2e-2
+
+
+# -- jobs, which run in a child --------------------------------------------------------------------------------------------
+
+
+def build_job(plan: MatmulPlan, directory: Path, compiler: str) -> str:
+    """Build a library; what went wrong, or nothing."""
+    try:
+        build_library(plan, directory, compiler)
+    except BitBLASError as error:
+        return str(error)
+    return ""
+
+
+def turn_job(
+    library: Path, plan: MatmulPlan, m: int, threads: int, like: tuple[Path, MatmulPlan] | None
+) -> list[float] | str:
+    """Seconds of some calls; or what is wrong with the results, where they are looked at for the first time."""
+    torch.set_num_threads(threads)
+    other = None if like is None else _loaded(*like)
+    return _runner.turn(_loaded(library, plan), plan, m, other)
+
+
+@cache
+def _loaded(library: Path, plan: MatmulPlan) -> Kernels:
+    return load_kernels(library, plan)
+
+
+def any_rows(config: MatmulConfig) -> MatmulConfig:
+    """A config that is the same for all candidates: they differ in M."""
+    return replace(config, M=None)
+
+
+class Runner:
+    """Runs candidates on the operands of one problem after the other, and looks at the first result of each."""
+
+    def __init__(self) -> None:
+        self._problem: tuple[MatmulConfig, int] | None = None
+        self._operands: Operands | None = None
+        self._expected: torch.Tensor | None = None
+        self._checked: set[tuple[MatmulPlan, int]] = set()
+
+    def turn(self, kernels: Kernels, plan: MatmulPlan, m: int, like: Kernels | None) -> list[float] | str:
+        """Seconds of some calls, or how the result differs from that of `like`."""
+        operands = self._draw(plan, m)
+        if (plan, m) in self._checked:
+            return take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
+        spoil(operands.out)
+        taken = take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
+        got = operands.out.clone()
+        if self._expected is None:
+            self._expected = got if like is None else operands.launch(like).clone()
+        problem = difference(got, self._expected)
+        if problem:
+            return problem
+        self._checked.add((plan, m))
+        return taken
+
+    def _draw(self, plan: MatmulPlan, m: int) -> Operands:
+        problem = any_rows(plan.config), m
+        if self._operands is None or self._problem != problem:
+            self._operands = self._expected = None  # before there is memory for others
+            self._operands, self._problem = Operands(problem[0], plan.layout, m), problem
+        return self._operands
+
+
+_runner = Runner()  # a child's
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor) -> str:
+    """How a result differs from what another tiling gave; empty where it is the same up to rounding."""
+    if not got.is_floating_point():
+        wrong = int((got != expected).sum())
+        return f"gives other results: {wrong} of {got.numel()} integers differ" if wrong else ""
+    got, expected = got.double(), expected.double()
+    size = float(expected[expected.isfinite()].square().mean().sqrt()) if bool(expected.isfinite().any()) else 0.0
+    near = torch.isclose(got, expected, rtol=RELATIVE, atol=ABSOLUTE * size, equal_nan=True)
+    if bool(near.all()):
+        return ""
+    return f"gives other results: {int((~near).sum())} of {got.numel()} numbers differ"
+
+
+# -- workbenches -----------------------------------------------------------------------------------------------------------
+
+
+class ChildBench:
+    """Libraries in a directory, built by several children at once and run by one of them.
+
+    Parameters
+    ----------
+    children : Children
+        Who works.
+    directory : Path
+        Where libraries go; to be removed by the caller.
+    compiler : str
+        Command of the C compiler that links them.
+    """
+
+    def __init__(self, children: Children, directory: Path, compiler: str) -> None:
+        self._children, self._directory, self._compiler = children, directory, compiler
+        self._built: dict[MatmulPlan, Path] = {}
+        self._first: dict[int, float] = {}  # seconds of the first turn, by rows
+
+    def build(self, plans: Sequence[MatmulPlan], go_on: Callable[[], bool]) -> Iterator[tuple[MatmulPlan, str]]:
+        """See `Workbench`."""
+        rooms = [Path(tempfile.mkdtemp(dir=self._directory)) for _ in plans]
+        jobs = [(plan, room, self._compiler) for plan, room in zip(plans, rooms, strict=True)]
+        for index, error in self._children.each(build_job, jobs, BUILD_SECONDS, go_on):
+            if not error:
+                self._built[plans[index]] = rooms[index] / LIBRARY
+            yield plans[index], f"the build {error}" if isinstance(error, LostError) else error
+
+    def library(self, plan: MatmulPlan) -> Path:
+        """The library of a candidate that was built."""
+        return self._built[plan]
+
+    def turn(self, plan: MatmulPlan, m: int, like: MatmulPlan | None) -> list[float]:
+        """See `Workbench`."""
+        limit = TURN_SECONDS + SLOWER * self._first[m] if m in self._first else FIRST_SECONDS
+        other, began = None if like is None else (self._built[like], like), time.perf_counter()
+        library, threads = self._built[plan], torch.get_num_threads()
+        taken = self._children.first.call(turn_job, library, plan, m, threads, other, seconds=limit)
+        if isinstance(taken, str):
+            raise LostError(taken)
+        self._first.setdefault(m, time.perf_counter() - began)
+        return taken
+
+
+class HereBench:
+    """Kernels that this process compiles in memory and runs itself: where there is no linker, nothing can be handed over."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[MatmulPlan, Kernels] = {}
+        self._runner = Runner()
+
+    def build(self, plans: Sequence[MatmulPlan], go_on: Callable[[], bool]) -> Iterator[tuple[MatmulPlan, str]]:
+        """See `Workbench`."""
+        for plan in plans:
+            if not go_on():
+                return
+            try:
+                self._kernels[plan] = wrap_executable(compile_plan(plan)[0], plan)
+            except BitBLASError as error:
+                yield plan, str(error)
+            else:
+                yield plan, ""
+
+    def turn(self, plan: MatmulPlan, m: int, like: MatmulPlan | None) -> list[float]:
+        """See `Workbench`."""
+        taken = self._runner.turn(self._kernels[plan], plan, m, None if like is None else self._kernels[like])
+        if isinstance(taken, str):
+            raise LostError(taken)
+        return taken
+
+
+def measure_module(mod: tvm.IRModule, problem: Problem) -> float:
+    """Median seconds of a call of a module's one scheduled function on random operands, compiled and run in this process.
+
+    Raises
+    ------
+    BuildError
+        TVM could not compile it.
+    UnsupportedError
+        This machine cannot run code for the target.
+    """
+    problem.target.check_runnable()
+    try:
+        executable = compile_module(mod, problem.target)
+    except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
+        raise BuildError(f"TVM could not compile {problem.config} for {problem.target}", output=str(error)) from error
+    (name,) = (variable.name_hint for variable in mod.get_global_vars())
+    return time_kernels(wrap_function(executable, name, problem.m), problem.config, problem.layout, problem.m)
+
+
+def num_builders() -> int:
+    """Physical cores that this process may use; at least 1."""
+    import psutil
+
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return max(1, min(cores, len(psutil.Process().cpu_affinity())))
+
+
+@contextmanager
+def building(parallel: bool) -> Iterator[ChildBench | None]:
+    """Children that build libraries, and a place for those; None where there is no C compiler to link them."""
+    compiler = find_compiler()
+    if compiler is None:
+        yield None
+        return
+    directory = this_process.scratch()
+    try:
+        with Children(num_builders() if parallel else 1) as children:
+            yield ChildBench(children, directory, compiler)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def local_bench(target: Target, parallel: bool = True) -> Iterator[Workbench]:
+    """A workbench on this machine.
+
+    Raises
+    ------
+    UnsupportedError
+        This machine cannot run code for the target.
+    """
+    target.check_runnable()
+    with building(parallel) as bench:
+        if bench is None:
+            warn_once(
+                "tuning in this process",
+                "there is no C compiler (cc, gcc or clang), so that candidates are built and run in this process: one that "
+                "crashes ends it",
+            )
+        yield bench or HereBench()
+
+
+__all__ = ["ChildBench", "HereBench", "building", "local_bench", "measure_module", "num_builders"]

@@ -1,0 +1,121 @@
+"""What a search found, kept in the store: the choices, and all that was measured, by which versions, where and when."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import env
+from ..artifacts import artifact_key
+from ..build import toolchain
+from ..config import MatmulConfig
+from ..errors import BitBLASError
+from ..logs import get_logger
+from ..measuring import cpu_name
+from ..schedule import Tiling
+from ..target import Target, host_target
+from .search import TunedBucket
+
+_SCHEMA = 1
+
+
+def this_machine() -> dict[str, object]:
+    """The machine that measures, as JSON values."""
+    import psutil
+
+    try:
+        isa = host_target().isa
+    except BitBLASError:
+        isa = platform.machine()
+    return {
+        "name": "here",
+        "cpu": cpu_name(),
+        "isa": isa,
+        "cores": psutil.cpu_count(logical=False) or 0,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+
+
+def record_path(config: MatmulConfig, target: Target) -> Path:
+    """The file of a config and a target, under the installed versions."""
+    key = artifact_key({"config": config.kernel.fields(), "target": target.fields(), "toolchain": toolchain()})
+    return env.CACHE_DIR.get() / "tuning" / f"{key}.json"
+
+
+def save_record(
+    config: MatmulConfig,
+    target: Target,
+    found: Mapping[int, TunedBucket],
+    machine: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Keep what was measured; a store that cannot be written costs only the record. Buckets that were not keep theirs.
+
+    Parameters
+    ----------
+    config, target : MatmulConfig, Target
+        What was tuned.
+    found : mapping of int to TunedBucket
+        By bucket.
+    machine : mapping, optional
+        Where it was measured; None is this machine.
+
+    Returns
+    -------
+    dict
+        The record, as JSON values.
+    """
+    path, before = record_path(config, target), read_record(config, target)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    where = dict(this_machine() if machine is None else machine)
+    rows = {str(m): {**row.fields(), "date": date, "machine": where} for m, row in found.items()}
+    record = {
+        "schema": _SCHEMA,
+        "config": config.fields(),
+        "target": str(target),
+        "versions": toolchain(),
+        "date": date,
+        "machine": where,
+        "buckets": {**(before["buckets"] if before else {}), **rows},
+    }
+    try:
+        for directory in (path.parent.parent, path.parent):  # each as private as the store asks
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_suffix(f".{uuid.uuid4().hex}")
+        draft.write_text(json.dumps(record, indent=1))
+        draft.replace(path)
+    except OSError as error:
+        get_logger().warning("the tuning record could not be kept in %s: %s", path.parent, error)
+    return record
+
+
+def read_record(config: MatmulConfig, target: Target) -> dict[str, Any] | None:
+    """The stored record, or None; a damaged one counts as none."""
+    path = record_path(config, target)
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        choices(record)
+        return record
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        get_logger().warning("the tuning record %s is not readable and is ignored: %s", path, error)
+        return None
+
+
+def choices(record: Mapping[str, Any]) -> dict[int, Tiling]:
+    """The tilings that a record chose, by bucket. Whether a rule still offers them is for `plan_matmul` to see."""
+    return {int(m): Tiling(**row["tiling"]) for m, row in record["buckets"].items()}
+
+
+def load_record(config: MatmulConfig, target: Target) -> dict[int, Tiling] | None:
+    """The stored choices by bucket, or None."""
+    record = read_record(config, target)
+    return None if record is None else choices(record)
