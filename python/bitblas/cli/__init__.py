@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import BitBLASError
-from . import bench, info
+from . import bench, info, tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,4 +35,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     info.add_command(commands)
     bench.add_command(commands)
+    tune.add_command(commands)
     return parser

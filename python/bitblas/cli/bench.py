@@ -19,40 +19,48 @@ if TYPE_CHECKING:
 def add_command(commands: Any) -> None:
     """Add the verb to a parser's commands."""
     bench = commands.add_parser("bench", help="time an operator beside torch's dense matmul")
-    bench.add_argument("--M", type=_positive, nargs="+", default=[1, 16, 128], metavar="M", help="rows (1 16 128)")
-    bench.add_argument("--N", type=_positive, default=4096, help="output features (4096)")
-    bench.add_argument("--K", type=_positive, default=4096, help="input features (4096)")
-    bench.add_argument("--A-dtype", default="float16", help=f"{', '.join(A_DTYPES)} (float16)")
-    bench.add_argument("--W-dtype", default="uint4", help=f"{', '.join(FORMATS)} (uint4)")
-    bench.add_argument(
-        "--out-dtype",
-        help=f"{', '.join(OUT_DTYPES)} (A's; for an A of 8 bits and less int32 without scales, else float32)",
-    )
-    bench.add_argument("--group-size", type=int, help="k that share a scale (128 where it divides K, else -1: all)")
-    bench.add_argument("--zeros", choices=("none", *ZEROS_MODES), default="none", help="kind of zero points (none)")
-    bench.add_argument("--no-scale", action="store_true", help="without scales")
-    bench.add_argument("--threads", type=_positive, help="threads (torch's number)")
+    add_config_options(bench, (1, 16, 128), "1 16 128")
+    bench.add_argument("--threads", type=positive, help="threads (torch's number)")
     bench.add_argument("--target", help="what to compile for (BITBLAS_TARGET, else this machine)")
-    bench.add_argument("--seconds", type=_seconds, default=0.5, help="time for each candidate (0.5)")
+    bench.add_argument("--seconds", type=seconds_of, default=0.5, help="time for each candidate (0.5)")
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(run=run)
 
 
-def _positive(text: str) -> int:
+def add_config_options(parser: Any, rows: tuple[int, ...] | None, shown: str) -> None:
+    """Add what says which operator is meant; `rows` are the default ones, `shown` how its help calls them."""
+    parser.add_argument("--M", type=positive, nargs="+", default=rows, metavar="M", help=f"rows ({shown})")
+    parser.add_argument("--N", type=positive, default=4096, help="output features (4096)")
+    parser.add_argument("--K", type=positive, default=4096, help="input features (4096)")
+    parser.add_argument("--A-dtype", default="float16", help=f"{', '.join(A_DTYPES)} (float16)")
+    parser.add_argument("--W-dtype", default="uint4", help=f"{', '.join(FORMATS)} (uint4)")
+    parser.add_argument(
+        "--out-dtype",
+        help=f"{', '.join(OUT_DTYPES)} (A's; for an A of 8 bits and less int32 without scales, else float32)",
+    )
+    parser.add_argument("--group-size", type=int, help="k that share a scale (128 where it divides K, else -1: all)")
+    parser.add_argument("--zeros", choices=("none", *ZEROS_MODES), default="none", help="kind of zero points (none)")
+    parser.add_argument("--no-scale", action="store_true", help="without scales")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least 1")
     return value
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
+    """Seconds, up to an hour."""
     value = float(text)
     if not 0 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be between 0 and 3600")
     return value
 
 
-def _bench_config(options: argparse.Namespace) -> MatmulConfig:
+def config_of(options: argparse.Namespace) -> MatmulConfig:
+    """The operator that is meant."""
     a_dtype, fmt = options.A_dtype, parse_format(options.W_dtype)
     scaling = not options.no_scale and not fmt.is_native
     out_dtype = options.out_dtype
@@ -63,7 +71,7 @@ def _bench_config(options: argparse.Namespace) -> MatmulConfig:
     if group is None:
         group = 128 if options.K % 128 == 0 and (scaling or options.zeros != "none") else -1
     return MatmulConfig(
-        M=tuple(options.M),
+        M=None if options.M is None else tuple(options.M),
         N=options.N,
         K=options.K,
         A_dtype=a_dtype,
@@ -79,7 +87,7 @@ def _bench_config(options: argparse.Namespace) -> MatmulConfig:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; 1 where a result is wrong."""
-    config = _bench_config(options)
+    config = config_of(options)
     import torch
 
     from .. import bench
