@@ -95,13 +95,23 @@ class Children:
 
     def __init__(self, count: int) -> None:
         self._children = [Child() for _ in range(max(1, count))]
+        self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._leave()
         for child in self._children:
             child.close()
+
+    def _leave(self) -> None:
+        """End the jobs that are still being done, and wait for the threads that wait for them."""
+        if self._pool is not None:
+            for child in self._children:
+                child.end()
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     @property
     def first(self) -> Child:
@@ -132,7 +142,8 @@ class Children:
             finally:
                 idle.put(child)
 
-        pool, done = ThreadPoolExecutor(len(self._children)), False
+        self._leave()
+        pool = self._pool = ThreadPoolExecutor(len(self._children))
         try:
             numbers = {pool.submit(work, job): number for number, job in enumerate(jobs)}
             for future in as_completed(numbers):
@@ -141,9 +152,7 @@ class Children:
                         yield numbers[future], result
                 except LostError as error:
                     yield numbers[future], error
-            done = True
+            pool.shutdown()
+            self._pool = None
         finally:
-            if not done:  # left early: by Ctrl-C, or by whoever asked
-                for child in self._children:
-                    child.end()
-            pool.shutdown(cancel_futures=True)
+            self._leave()  # where somebody has left early: by Ctrl-C, or by an exception

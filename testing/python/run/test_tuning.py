@@ -99,6 +99,16 @@ def test_whoever_leaves_early_waits_for_nobody():
         assert time.monotonic() - began < 20
 
 
+def test_jobs_that_nobody_waits_for_any_more_end_with_the_children():
+    """As where Ctrl-C strikes between two results: whatever iterates is still there, and nobody asks it for more."""
+    began = time.monotonic()
+    with children.Children(2) as found:
+        results = found.each(exec, [("",), ("import time; time.sleep(600)",), ("",)], seconds=900)
+        next(results)
+    assert time.monotonic() - began < 120
+    results.close()
+
+
 # -- candidates ------------------------------------------------------------------------------------------------------------
 
 
