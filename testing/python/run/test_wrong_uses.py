@@ -182,7 +182,7 @@ OPERATORS = [
     (
         lambda: Matmul(MatmulConfig(**BASE), target="cuda -arch=sm_90"),
         UnsupportedError,
-        r"(?s)^no schedule rule .* on cuda -arch=sm_90:\n  avx512_vnni, .*: is for llvm targets, not cuda",
+        r"(?s)^no schedule rule .* on cuda -arch=sm_90:\n  avx512_bf16, .*: is for llvm targets, not cuda",
     ),
     (
         lambda: Matmul(MatmulConfig(**BASE), target={"kind": "opencl"}),
