@@ -14,7 +14,7 @@ from .bench import add_config_options, config_of, positive, seconds_of
 if TYPE_CHECKING:
     from ..schedule import Tiling
     from ..target import Target
-    from ..tuner import Tuned
+    from ..tuner.search import Tuned
 
 
 def add_command(commands: Any) -> None:
@@ -62,14 +62,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace, config: MatmulConfig, target: Target) -> tuple[Tuned, dict[str, Any]]:
-    from .. import tuner
     from ..bench import use_threads
+    from ..tuner import SECONDS
+    from ..tuner.runs import tune_here, tune_there
 
-    seconds = tuner.SECONDS if options.seconds is None else options.seconds
+    seconds = SECONDS if options.seconds is None else options.seconds
     if options.rpc is not None:
-        return tuner.tune_there(config, target, options.rpc, options.key, options.topk, seconds)
+        return tune_there(config, target, options.rpc, options.key, options.topk, seconds)
     with use_threads(options.threads):
-        return tuner.tune_here(config, target, options.topk, seconds, not options.serial)
+        return tune_here(config, target, options.topk, seconds, not options.serial)
 
 
 def _print_tuned(config: MatmulConfig, target: Target, tuned: Tuned, record: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .. import tuner
 from ..artifacts import Artifact
 from ..build import expression_module, scheduled_module
 from ..config import MatmulConfig
@@ -19,6 +18,8 @@ from ..plan import MatmulPlan, plan_matmul
 from ..runtime import Kernels
 from ..schedule import Tiling
 from ..target import Target, resolve_target
+from ..tuner import SECONDS
+from ..tuner.record import choices, read_record
 from . import provider
 from .arguments import Door
 from .facts import WithFacts
@@ -90,8 +91,8 @@ class Matmul(WithWeights, WithFacts):
         if backend not in BACKENDS:
             raise ConfigError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
         resolved = resolve_target(target)
-        record = tuner.read_record(config, resolved) if enable_tuning else None
-        tuned = tuner.choices(record) if record else None
+        record = read_record(config, resolved) if enable_tuning else None
+        tuned = choices(record) if record else None
         self._install(config, plan_matmul(config, resolved, tuned), None, name, backend, record)
         self._from_database = from_database
         if not from_database:
@@ -221,7 +222,7 @@ class Matmul(WithWeights, WithFacts):
         return self._tuning_record
 
     def hardware_aware_finetune(
-        self, topk: int = 20, target: object = None, parallel_build: bool = True, seconds: float = tuner.SECONDS
+        self, topk: int = 20, target: object = None, parallel_build: bool = True, seconds: float = SECONDS
     ) -> dict[int, dict[str, object]]:
         """Measure the rules' tilings for each bucket, choose those that are clearly faster, store the record, and use it.
 
@@ -273,8 +274,10 @@ class Matmul(WithWeights, WithFacts):
                 f"target is {target!r}, whose kernels read weights in the layout {needed.name!r}; those of this operator lie "
                 f"in {self.layout.name!r}. Construct another operator for it"
             )
-        found, record = tuner.tune_here(self.config, chosen, topk, seconds, parallel_build)
-        plan = plan_matmul(self.config, chosen, tuner.choices(record))
+        from ..tuner.runs import tune_here
+
+        found, record = tune_here(self.config, chosen, topk, seconds, parallel_build)
+        plan = plan_matmul(self.config, chosen, choices(record))
         provided = provide(plan)
         with self._lock.held():
             self.target, self.plan, self._provided, self._kernels = chosen, plan, provided, provided.kernels
@@ -305,7 +308,9 @@ class Matmul(WithWeights, WithFacts):
         return self._time_rows(self._provide(), m) * 1e3
 
     def _time_rows(self, kernels: Kernels, m: int) -> float:
-        return tuner.measure(kernels, self.config, self.layout, m)
+        from ..measuring import time_kernels
+
+        return time_kernels(kernels, self.config, self.layout, m)
 
     @property
     def lib(self) -> object:

@@ -1,84 +1,31 @@
 """Choosing among the tilings of a rule by measuring them, here or on another machine, and remembering what was found."""
 
-from __future__ import annotations
+import importlib
 
-from typing import Any
+#: Seconds that tuning takes, about. Loading the operator afterwards comes on top of it.
+SECONDS = 25.0
 
-from ..config import MatmulConfig
-from ..logs import get_logger
-from ..measuring import time_kernels as measure
-from ..target import Target
-from .local import local_bench, measure_module
-from .record import choices, load_record, read_record, save_record, this_machine
-from .remote import remote_bench
-from .search import SECONDS, LostError, Tuned, TunedBucket, Workbench, tune
+#: Where everything is: constructing an operator needs the record alone.
+_MODULES = {
+    "LostError": "search",
+    "Tuned": "search",
+    "TunedBucket": "search",
+    "Workbench": "search",
+    "choices": "record",
+    "load_record": "record",
+    "measure_module": "local",
+    "read_record": "record",
+    "save_record": "record",
+    "this_machine": "record",
+    "tune": "search",
+    "tune_here": "runs",
+    "tune_there": "runs",
+}
 
-
-def tune_here(
-    config: MatmulConfig, target: Target, topk: int = 20, seconds: float = SECONDS, parallel_build: bool = True
-) -> tuple[Tuned, dict[str, Any]]:
-    """Tune on this machine, keep the record, and warn where the search ended early; what was found, and the record.
-
-    Raises
-    ------
-    UnsupportedError
-        No rule serves the config, or this machine cannot run the target.
-    BuildError
-        Not one candidate of a bucket could be built and run.
-    KeyboardInterrupt
-        Before a default was measured.
-    """
-    with local_bench(target, parallel_build) as bench:
-        return _tune(config, target, topk, seconds, bench, this_machine())
+__all__ = ["SECONDS", *_MODULES]
 
 
-def tune_there(
-    config: MatmulConfig, target: Target, address: str, key: str, topk: int = 20, seconds: float = SECONDS
-) -> tuple[Tuned, dict[str, Any]]:
-    """As `tune_here`, measuring on a machine that serves `key` to the TVM tracker at `address`, ``"host:port"``.
-
-    Raises
-    ------
-    ArgumentError
-        The address is not of that form.
-    RemoteError
-        The tracker does not answer, or no machine for `key` does.
-    """
-    with remote_bench(address, key, target) as bench:
-        return _tune(config, target, topk, seconds, bench, bench.machine)
-
-
-def _tune(
-    config: MatmulConfig, target: Target, topk: int, seconds: float, bench: Workbench, machine: dict[str, object]
-) -> tuple[Tuned, dict[str, Any]]:
-    record: dict[str, Any] = {}
-
-    def keep(found: Any) -> None:
-        record.update(save_record(config, target, found, machine))
-
-    tuned = tune(config, target, topk, bench, seconds, keep=keep)
-    if tuned.ended:
-        reached = ", ".join(str(m) for m in tuned.buckets)
-        get_logger().warning(
-            "tuning ended early, %s: tuned for m = %s, other buckets keep what they had", tuned.ended, reached
-        )
-    return tuned, record
-
-
-__all__ = [
-    "SECONDS",
-    "LostError",
-    "Tuned",
-    "TunedBucket",
-    "Workbench",
-    "choices",
-    "load_record",
-    "measure",
-    "measure_module",
-    "read_record",
-    "save_record",
-    "this_machine",
-    "tune",
-    "tune_here",
-    "tune_there",
-]
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -8,7 +8,7 @@ import platform
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +18,11 @@ from ..build import toolchain
 from ..config import MatmulConfig
 from ..errors import BitBLASError
 from ..logs import get_logger
-from ..measuring import cpu_name
 from ..schedule import Tiling
 from ..target import Target, host_target
-from .search import TunedBucket
+
+if TYPE_CHECKING:
+    from .search import TunedBucket
 
 _SCHEMA = 1
 
@@ -29,6 +30,8 @@ _SCHEMA = 1
 def this_machine() -> dict[str, object]:
     """The machine that measures, as JSON values."""
     import psutil
+
+    from ..measuring import cpu_name
 
     try:
         isa = host_target().isa

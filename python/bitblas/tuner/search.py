@@ -15,6 +15,7 @@ from ..plan import MatmulPlan, native_layout, plan_matmul
 from ..schedule import RULES, Problem, Tiling, select_rule
 from ..schedule.cost import rank
 from ..target import Target
+from . import SECONDS
 
 #: Rounds that a choice other than the default takes at least, and rounds of a race at most.
 MIN_ROUNDS, MAX_ROUNDS = 6, 12
@@ -27,8 +28,6 @@ MIN_GAIN, STANDARD_ERRORS = 0.01, 4.0
 FINE_NOISE = 0.02
 #: How much slower than the best a candidate may be after the first round, the second, …; the last is for the rest.
 LAGS = (1.25, 1.12, 1.06, 1.03)
-#: Seconds that tuning takes, about. Loading the operator afterwards comes on top of it.
-SECONDS = 25.0
 #: The part of the time that is left which building may take.
 BUILD_PART = 0.6
 #: The part of a bucket's time in which candidates enter its race; the rest is for those that stay.

@@ -195,7 +195,7 @@ def test_a_choice_is_used_stored_reused_and_travels(store, monkeypatch, tmp_path
     tilings = offered(config)
     force(monkeypatch, lambda m: tilings[m][1])
     found = op.hardware_aware_finetune(topk=20, seconds=300)
-    monkeypatch.setattr(tuner, "tune_here", None)  # nothing measures from here on
+    monkeypatch.setattr("bitblas.tuner.runs.tune_here", None)  # nothing measures from here on
     assert {m: row["tiling"] for m, row in found.items()} == {m: row[1].fields() for m, row in tilings.items()}
     assert {m: len(row["candidates"]) for m, row in found.items()} == {m: len(row) for m, row in tilings.items()}
     assert all(row["gain"] > 1 and row["lost"] == [] for row in found.values())
