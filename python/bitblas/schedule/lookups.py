@@ -32,14 +32,22 @@ def look_up(instruction: str, format_name: str) -> str:
     """
     fmt = parse_format(format_name)
     find, lanes = LOOKUPS[instruction]
+    return _sixteen_codes(
+        f"bitblas.{instruction}_{format_name}",
+        "float32",
+        lambda code: decode(fmt, code),
+        lambda codes: find(fmt.code_values, codes),
+        lanes,
+    )
 
-    def value(code: Expr) -> tirx.Expr:
-        return decode(fmt, code)
+
+def _sixteen_codes(
+    name: str, dtype: str, value: Callable[[Expr], Expr], find: Callable[[Expr], Expr], lanes: int
+) -> str:
+    """An intrinsic that turns sixteen words of codes into `dtype`: `value` of each is `find` of `lanes` of them at once."""
 
     @T.prim_func(s_tir=True)
-    def meaning(
-        U: T.Buffer((LANES,), "int32", offset_factor=1), D: T.Buffer((LANES,), "float32", offset_factor=1)
-    ) -> None:
+    def meaning(U: T.Buffer((LANES,), "int32", offset_factor=1), D: T.Buffer((LANES,), dtype, offset_factor=1)) -> None:
         with T.sblock("root"):
             T.reads(U[0:LANES])
             T.writes(D[0:LANES])
@@ -52,14 +60,13 @@ def look_up(instruction: str, format_name: str) -> str:
         B.func_name("implementation")
         u, d = B.arg("u", B.handle()), B.arg("d", B.handle())
         U = B.match_buffer(u, (LANES,), "int32", offset_factor=1)
-        D = B.match_buffer(d, (LANES,), "float32", offset_factor=1)
+        D = B.match_buffer(d, (LANES,), dtype, offset_factor=1)
         with B.sblock("root"):
             B.reads(U[0:LANES])
             B.writes(D[0:LANES])
             for first in range(0, LANES, lanes):
-                found = find(fmt.code_values, U.vload([first], f"int32x{lanes}"))
-                B.buffer_store(D, found, [B.ramp(first, 1, lanes)])
-    return register(f"bitblas.{instruction}_{format_name}", meaning, builder.get())
+                B.buffer_store(D, find(U.vload([first], f"int32x{lanes}")), [B.ramp(first, 1, lanes)])
+    return register(name, meaning, builder.get())
 
 
 def _table(values: Sequence[float], lanes: int) -> Expr:
@@ -111,41 +118,18 @@ def look_up_pairs(format_name: str) -> str:
     entries = [bfloat16_bits(fmt.code_values[i % len(fmt.code_values)]) for i in range(32)]
     table = [entries[i] | entries[i + 1] << 16 for i in range(0, 32, 2)]
 
-    def pair_of(word: Expr) -> Expr:
-        return decode_pair(fmt, word)
+    values = tirx.Shuffle(
+        [tirx.const(word - (word >> 31 << 32), "int32") for word in table],
+        [tirx.const(i, "int32") for i in range(LANES)],
+    )
 
-    @T.prim_func(s_tir=True)
-    def meaning(
-        U: T.Buffer((LANES,), "int32", offset_factor=1), D: T.Buffer((LANES,), "int32", offset_factor=1)
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(U[0:LANES])
-            T.writes(D[0:LANES])
-            for i in T.serial(0, LANES):
-                with T.sblock("decode"):
-                    lane = T.axis.remap("S", [i])
-                    D[lane] = pair_of(U[lane])
+    def find(words: Expr) -> Expr:
+        both = (tirx.reinterpret("int16x32", part) for part in (values, words))
+        return tirx.reinterpret("int32x16", pure_call("int16x32", "llvm.x86.avx512.permvar.hi.512", *both))
 
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("implementation")
-        u, d = B.arg("u", B.handle()), B.arg("d", B.handle())
-        U = B.match_buffer(u, (LANES,), "int32", offset_factor=1)
-        D = B.match_buffer(d, (LANES,), "int32", offset_factor=1)
-        with B.sblock("root"):
-            B.reads(U[0:LANES])
-            B.writes(D[0:LANES])
-            values = tirx.Shuffle(
-                [tirx.const(word - (word >> 31 << 32), "int32") for word in table],
-                [tirx.const(i, "int32") for i in range(LANES)],
-            )
-            found = pure_call(
-                "int16x32",
-                "llvm.x86.avx512.permvar.hi.512",
-                tirx.reinterpret("int16x32", values),
-                tirx.reinterpret("int16x32", U.vload([0], "int32x16")),
-            )
-            B.buffer_store(D, tirx.reinterpret("int32x16", found), [B.ramp(0, 1, LANES)])
-    return register(f"bitblas.look_up_pairs_{format_name}", meaning, builder.get())
+    return _sixteen_codes(
+        f"bitblas.look_up_pairs_{format_name}", "int32", lambda word: decode_pair(fmt, word), find, LANES
+    )
 
 
 def bfloat16_bits(value: float) -> int:
