@@ -73,7 +73,7 @@ def _generator_digest() -> str:
     package = Path(__file__).parent
     names = ("formats", "machines", "target", "config", "layout", "transform", "plan", "lowering", "build")
     modules = [package / f"{name}.py" for name in names]
-    modules += [path for room in ("expr", "schedule") for path in sorted((package / room).glob("*.py"))]
+    modules += [path for room in ("expr", "schedule") for path in sorted((package / room).rglob("*.py"))]
     digest = hashlib.sha256()
     for path in modules:
         digest.update(path.read_bytes())

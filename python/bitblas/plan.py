@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from .config import MatmulConfig
 from .errors import UnsupportedError
 from .layout import PackedLayout
-from .schedule import LINE_BYTES, RULES, Problem, Tiling, select_rule, takes_dots
+from .schedule import RULES, Problem, Tiling, native_layout, select_rule
 from .target import Target
 
 #: Kernels index weights with 32 bits.
 MAX_WEIGHT_BYTES = 1 << 31
 #: … and activations and outputs, of which they compute a tile of rows at once.
 MAX_SIDE = 1 << 26
-#: Elements by which rows of a copy of A are set apart at most: two cache lines, of elements of one byte.
-MAX_SKEW = 2 * LINE_BYTES
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,6 @@ class MatmulPlan:
             f"{self.target.isa}"
         )
 
-    def row_elements(self, kernel: KernelPlan) -> int:
-        """Most elements that lie between two rows of a matrix that a kernel walks: of its copy of A, or of the output."""
-        chunk = kernel.tiling.chunk(self.config, self.layout)
-        slices = kernel.tiling.slices or 1
-        return max(self.config.N, slices * (-(-self.config.K // chunk) * chunk + MAX_SKEW))
-
     @property
     def tilings(self) -> dict[int, Tiling]:
         """The tiling by bucket: what `plan_matmul` takes to decide the same again."""
@@ -98,13 +90,6 @@ class MatmulPlan:
     def buckets(self) -> list[tuple[int, str]]:
         """(bucket, kernel name), ascending: m takes the first bucket that is not smaller, beyond them the last."""
         return sorted((m, kernel.name) for kernel in self.kernels for m in kernel.buckets)
-
-
-def native_layout(config: MatmulConfig, target: Target) -> PackedLayout:
-    """The layout of the weights that the kernels of `config` on `target` read, all buckets alike."""
-    if takes_dots(config, target):
-        return PackedLayout(config.N, config.K, config.format.bits, "dots")
-    return PackedLayout.native(config.N, config.K, config.format)
 
 
 def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling] | None = None) -> MatmulPlan:

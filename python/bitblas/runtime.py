@@ -86,8 +86,9 @@ def _compute_alone() -> None:
 
 def slab_rows(plan: MatmulPlan, kernel: KernelPlan) -> int:
     """Rows that one launch of a kernel computes at most."""
-    indexable = max(1, MAX_ELEMENTS // plan.row_elements(kernel) - kernel.tiling.block_m)
-    return min(kernel.tiling.slab_m or indexable, indexable)
+    tiling = kernel.tiling
+    indexable = max(1, MAX_ELEMENTS // tiling.row_elements(plan.config, plan.layout) - tiling.block_m)
+    return min(tiling.most_rows or indexable, indexable)
 
 
 def _kernels(module: object, plan: MatmulPlan) -> Kernels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import tvm
 from tvm import tirx
@@ -11,10 +12,9 @@ from tvm import tirx
 from .config import MatmulConfig
 from .errors import BitBLASError, BuildError
 from .expr import MatmulExpr, matmul_func
-from .layout import LANES, PackedLayout
+from .layout import PackedLayout
 from .logs import get_logger
-from .schedule import Problem, ScheduleRule, Tiling, select_rule
-from .schedule.cost import rank
+from .schedule import Problem, ScheduleRule, Tiling, rank, read_tiling, select_rule
 from .target import Target, resolve_target
 
 #: The function attribute that says what a function computes.
@@ -38,8 +38,7 @@ def describe(func: tirx.PrimFunc, problem: Problem, rule: str, tiling: Tiling) -
 def described_func(problem: Problem, rule: str, tiling: Tiling, name: str) -> tirx.PrimFunc:
     """The unscheduled function of a problem, with the block sizes of a tiling, described."""
     config, layout = problem.config, problem.layout
-    tile = tiling.block_m, tiling.block_n // LANES, tiling.chunk(config, layout)
-    expr = MatmulExpr(config, layout, *tile, tiling.dot, tiling.slices, tiling.split_k)
+    expr = MatmulExpr(config, layout, **tiling.blocks(config, layout))
     return describe(matmul_func(expr, name), problem, rule, tiling)
 
 
@@ -50,10 +49,10 @@ def _read(func: object, target: Target) -> tuple[Problem, str, Tiling] | None:
     facts = json.loads(str(func.attrs[PROBLEM_ATTR]))
     config = MatmulConfig(**facts["config"])
     layout = PackedLayout(config.N, config.K, config.format.bits, facts["layout"])
-    return Problem(config, layout, target, facts["m"]), facts["rule"], Tiling(**facts["tiling"])
+    return Problem(config, layout, target, facts["m"]), facts["rule"], read_tiling(facts["tiling"])
 
 
-def _rule_for(rules: tuple[ScheduleRule, ...], name: str, problem: Problem) -> ScheduleRule:
+def _rule_for(rules: tuple[ScheduleRule[Any], ...], name: str, problem: Problem) -> ScheduleRule[Any]:
     """The named rule, where it does not decline, else the first that does not."""
     named = [rule for rule in rules if rule.name == name and rule.decline(problem) is None]
     return named[0] if named else select_rule(rules, problem)
@@ -79,7 +78,7 @@ class ApplyDefaultSchedule:
         Every rule declined a function; the text is that of the `UnsupportedError`, which TVM does not carry through a pass.
     """
 
-    def __init__(self, rules: tuple[ScheduleRule, ...], target: Target | None = None) -> None:
+    def __init__(self, rules: tuple[ScheduleRule[Any], ...], target: Target | None = None) -> None:
         self.rules = tuple(rules)
         self.target = resolve_target(target)
 
@@ -92,7 +91,7 @@ class ApplyDefaultSchedule:
                 scheduled[name] = func
                 continue
             problem, rule, tiling = described
-            scheduled[name] = _rule_for(self.rules, rule, problem).apply(func, problem, tiling).mod["main"]
+            scheduled[name] = _rule_for(self.rules, rule, problem).apply(func, problem, tiling)
         return tvm.IRModule(scheduled, attrs=mod.attrs)
 
 
@@ -123,7 +122,7 @@ class ApplyFastTuning:
 
     def __init__(
         self,
-        rules: tuple[ScheduleRule, ...],
+        rules: tuple[ScheduleRule[Any], ...],
         measure: Callable[[tvm.IRModule, Problem], float],
         topk: int = 20,
         target: Target | None = None,
@@ -147,7 +146,7 @@ class ApplyFastTuning:
         times: list[tuple[float, tirx.PrimFunc]] = []
         lost: list[str] = []
         for tiling in offered[: self.topk]:
-            func = rule.apply(described_func(problem, rule.name, tiling, name), problem, tiling).mod["main"]
+            func = rule.apply(described_func(problem, rule.name, tiling, name), problem, tiling)
             try:
                 times.append((self.measure(tvm.IRModule({name: func}), problem), func))
             except BitBLASError as error:

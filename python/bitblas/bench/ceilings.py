@@ -15,7 +15,7 @@ import torch
 from ..build import find_compiler
 from ..errors import BuildError
 from ..ops import Matmul
-from ..schedule import Tiling
+from ..schedule import LaneTiling
 from ..sources import source_dir
 from .timing import Candidate, Verdict
 
@@ -161,11 +161,13 @@ def _compile(compiler: str, output: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(output))
 
 
-def _tiling(op: Matmul, m: int) -> Tiling:
+def _tiling(op: Matmul, m: int) -> LaneTiling:
     """Of the kernel that runs for m rows."""
     buckets = op.plan.buckets
     name = next((name for most, name in buckets if m <= most), buckets[-1][1])
-    return next(kernel.tiling for kernel in op.plan.kernels if kernel.name == name)
+    tiling = next(kernel.tiling for kernel in op.plan.kernels if kernel.name == name)
+    assert isinstance(tiling, LaneTiling)
+    return tiling
 
 
 def unit_of(op: Matmul, m: int) -> str:

@@ -21,7 +21,7 @@ from ..ops import Matmul
 from ..ops.general_matmul_splitk import MatmulConfigWithSplitK, MatmulWithSplitK
 from ..ops.provider import load, plan_key, provide, store
 from ..plan import plan_matmul
-from ..schedule import Tiling
+from ..schedule import read_tiling
 from ..target import Target
 
 #: The operators that can be saved, and their configs.
@@ -191,7 +191,7 @@ class Database:
         try:
             kind = _BY_NAME[record["operator"]]
             config = KINDS[kind](**record["config"])
-            tilings = {int(m): Tiling(**values) for m, values in record["tilings"].items()}
+            tilings = {int(m): read_tiling(values) for m, values in record["tilings"].items()}
             plan = plan_matmul(config, target, tilings)
             if record["target"] != target.fields() or plan.tilings != tilings:
                 raise _DamagedError("its target or tilings are not those that were saved")

@@ -18,7 +18,7 @@ from ..build import toolchain
 from ..config import MatmulConfig
 from ..errors import BitBLASError
 from ..logs import get_logger
-from ..schedule import Tiling
+from ..schedule import Tiling, read_tiling
 from ..target import Target, host_target
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def read_record(config: MatmulConfig, target: Target) -> dict[str, Any] | None:
 
 def choices(record: Mapping[str, Any]) -> dict[int, Tiling]:
     """The tilings that a record chose, by bucket. Whether a rule still offers them is for `plan_matmul` to see."""
-    return {int(m): Tiling(**row["tiling"]) for m, row in record["buckets"].items()}
+    return {int(m): read_tiling(row["tiling"]) for m, row in record["buckets"].items()}
 
 
 def load_record(config: MatmulConfig, target: Target) -> dict[int, Tiling] | None:

@@ -12,8 +12,7 @@ from ..config import MatmulConfig
 from ..errors import BuildError, RemoteError
 from ..logs import get_logger, progress
 from ..plan import MatmulPlan, native_layout, plan_matmul
-from ..schedule import RULES, Problem, Tiling, select_rule
-from ..schedule.cost import rank
+from ..schedule import RULES, Problem, Tiling, rank, select_rule
 from ..target import Target
 from . import SECONDS
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitblas.formats import FORMATS
-from bitblas.schedule.dots import DOT_UNITS
+from bitblas.schedule.cpu.dots import DOT_UNITS
 from bitblas.target import host_features, resolve_target
 
 TABLES = [name for name, fmt in FORMATS.items() if fmt.bits <= 4]
@@ -32,7 +32,7 @@ def both(name, codes, dtype):
 @pytest.mark.parametrize("instruction", ["vpermps_512", "vpermps_256"])
 @pytest.mark.parametrize("name", TABLES)
 def test_look_up(instruction, name):
-    from bitblas.schedule.lookups import look_up
+    from bitblas.schedule.cpu.lookups import look_up
 
     if {"vpermps_512": "avx512f", "vpermps_256": "avx2"}[instruction] not in host_features():
         pytest.skip(f"this CPU has no {instruction}")
@@ -46,7 +46,7 @@ def test_look_up(instruction, name):
 
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.is_integer and fmt.bits <= 5])
 def test_look_up_pairs(name):
-    from bitblas.schedule.lookups import look_up_pairs
+    from bitblas.schedule.cpu.lookups import look_up_pairs
 
     if "avx512bw" not in host_features():
         pytest.skip("this CPU has no vpermw")
@@ -65,7 +65,7 @@ def test_look_up_pairs(name):
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_unpack_zeros(bits):
-    from bitblas.schedule.intrinsics import unpack_zeros
+    from bitblas.schedule.cpu.intrinsics import unpack_zeros
 
     stream = torch.randint(-128, 128, (2 * bits,), dtype=torch.int8)
     meaning, implementation = both(unpack_zeros(bits), stream, torch.float32)
@@ -80,7 +80,7 @@ def test_dot_quads_at_the_ends_of_the_ranges(unit, bits):
     """Every A is -128 or 127 and every byte the smallest or largest: where anything saturates, it is here."""
     from tvm.s_tir import TensorIntrin
 
-    from bitblas.schedule.products import dot_quads
+    from bitblas.schedule.cpu.products import dot_quads
 
     fmt, host = FORMATS[f"uint{bits}"], resolve_target()
     # the instruction for 256 bits has a second encoding, with AVX-512
@@ -108,7 +108,7 @@ def test_dot_quads_at_the_ends_of_the_ranges(unit, bits):
 def test_transpose_lanes(width, dtype, rows_ahead):
     from tvm.s_tir import TensorIntrin
 
-    from bitblas.schedule.intrinsics import transpose_lanes
+    from bitblas.schedule.cpu.intrinsics import transpose_lanes
 
     name = transpose_lanes(str(dtype).removeprefix("torch."), width, rows_ahead)
     scales = torch.randn(16, width).to(dtype)
@@ -121,7 +121,7 @@ def test_transpose_lanes(width, dtype, rows_ahead):
 @pytest.mark.parametrize("word_bytes", [1, 2, 4])
 @pytest.mark.parametrize("prefetch", [0, 1024])
 def test_load_words(word_bytes, prefetch):
-    from bitblas.schedule.intrinsics import load_words
+    from bitblas.schedule.cpu.intrinsics import load_words
 
     data = torch.randint(-128, 128, (16 * word_bytes,), dtype=torch.int8)
     meaning, implementation = both(load_words(word_bytes, prefetch), data, torch.int32)

@@ -9,8 +9,8 @@ from bitblas import MatmulConfig, UnsupportedError, build
 from bitblas.formats import FORMATS
 from bitblas.layout import PackedLayout
 from bitblas.plan import native_layout, plan_matmul
-from bitblas.schedule import RULES, Problem, Tiling, select_rule
-from bitblas.schedule.dots import DOT_UNITS
+from bitblas.schedule import RULES, LaneTiling, Problem, select_rule
+from bitblas.schedule.cpu.dots import DOT_UNITS
 from bitblas.target import Target, resolve_target
 
 AVX512, AVX2, BASELINE = (resolve_target(name) for name in ("x86-64-v4", "haswell", "x86-64"))
@@ -157,14 +157,14 @@ def test_tilings_are_legal_and_differ(target, a_dtype, n, m):
 @pytest.mark.parametrize(
     ("changes", "tiling", "chunk"),
     [
-        ({}, Tiling(1, 16, 8), 32),
-        ({"group_size": -1}, Tiling(1, 16, 8), 128),
-        ({"group_size": -1}, Tiling(8, 16, 8, chunk_k=64), 64),
-        ({"group_size": -1, "K": 131}, Tiling(8, 16, 8, chunk_k=64), 131),
-        ({"group_size": -1, "K": 2048, "A_dtype": "int8"}, Tiling(1, 16, 8), 512),
-        ({"group_size": -1, "K": 521, "A_dtype": "int8"}, Tiling(1, 16, 8), 264),
-        ({"group_size": -1, "K": 4099, "A_dtype": "int8"}, Tiling(8, 16, 4, chunk_k=128), 128),
-        ({"group_size": 1042 // 2, "K": 1042, "A_dtype": "int8"}, Tiling(1, 16, 8), 1),
+        ({}, LaneTiling(1, 16, 8), 32),
+        ({"group_size": -1}, LaneTiling(1, 16, 8), 128),
+        ({"group_size": -1}, LaneTiling(8, 16, 8, chunk_k=64), 64),
+        ({"group_size": -1, "K": 131}, LaneTiling(8, 16, 8, chunk_k=64), 131),
+        ({"group_size": -1, "K": 2048, "A_dtype": "int8"}, LaneTiling(1, 16, 8), 512),
+        ({"group_size": -1, "K": 521, "A_dtype": "int8"}, LaneTiling(1, 16, 8), 264),
+        ({"group_size": -1, "K": 4099, "A_dtype": "int8"}, LaneTiling(8, 16, 4, chunk_k=128), 128),
+        ({"group_size": 1042 // 2, "K": 1042, "A_dtype": "int8"}, LaneTiling(1, 16, 8), 1),
     ],
 )
 def test_a_chunk_divides_its_group_or_ends_beyond_k_and_keeps_integers_exact(changes, tiling, chunk):
@@ -174,12 +174,12 @@ def test_a_chunk_divides_its_group_or_ends_beyond_k_and_keeps_integers_exact(cha
 @pytest.mark.parametrize(
     ("w_dtype", "K", "group", "tiling", "chunk"),
     [
-        ("uint4", 128, 32, Tiling(1, 16, 8, dot="u8s8"), 32),
-        ("uint4", 4096, -1, Tiling(8, 16, 8, chunk_k=512, dot="u8s8"), 512),
-        ("uint1", 11008, -1, Tiling(8, 16, 8, chunk_k=512, dot="u8s8"), 256),  # 344 is no multiple of 32
-        ("uint8", 4 * 1009, -1, Tiling(8, 16, 8, chunk_k=512, dot="u8s8"), 512),
-        ("uint4", 1 << 17, -1, Tiling(1, 16, 8, dot="u8s8"), 1 << 16),
-        ("uint8", 8 * 1009, 4 * 1009, Tiling(8, 16, 8, chunk_k=512, dot="u8s8"), 4 * 1009),
+        ("uint4", 128, 32, LaneTiling(1, 16, 8, dot="u8s8"), 32),
+        ("uint4", 4096, -1, LaneTiling(8, 16, 8, chunk_k=512, dot="u8s8"), 512),
+        ("uint1", 11008, -1, LaneTiling(8, 16, 8, chunk_k=512, dot="u8s8"), 256),  # 344 is no multiple of 32
+        ("uint8", 4 * 1009, -1, LaneTiling(8, 16, 8, chunk_k=512, dot="u8s8"), 512),
+        ("uint4", 1 << 17, -1, LaneTiling(1, 16, 8, dot="u8s8"), 1 << 16),
+        ("uint8", 8 * 1009, 4 * 1009, LaneTiling(8, 16, 8, chunk_k=512, dot="u8s8"), 4 * 1009),
     ],
 )
 def test_a_chunk_of_dot_products_ends_with_a_word(w_dtype, K, group, tiling, chunk):
@@ -200,7 +200,7 @@ def test_equal_kernels_are_shared_between_buckets():
 def test_tuned_tilings_are_taken_and_illegal_ones_are_not():
     cfg = config(M=[1, 64])
     other = select_rule(RULES, problem(AVX512, 64)).tilings(problem(AVX512, 64))[1]
-    plan = plan_matmul(cfg, AVX512, {64: other, 1: Tiling(7, 16, 8)})
+    plan = plan_matmul(cfg, AVX512, {64: other, 1: LaneTiling(7, 16, 8)})
     assert plan.kernels[1].tiling == other
     assert plan.kernels[0].tiling == plan_matmul(cfg, AVX512).kernels[0].tiling
 

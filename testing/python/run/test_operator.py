@@ -16,7 +16,7 @@ import bitblas
 from bitblas import ArgumentError, BuildError, ConfigError, Matmul, MatmulConfig, UnsupportedError, build, tuner
 from bitblas.formats import FORMATS
 from bitblas.ops import provider
-from bitblas.schedule import Tiling
+from bitblas.schedule import LaneTiling
 
 PYTHON = str(Path(bitblas.__file__).parents[1])
 SMALL = {"N": 64, "K": 64, "A_dtype": "float16", "group_size": 32, "with_scaling": True}
@@ -178,7 +178,7 @@ def test_a_build_is_quiet_by_default(store, capfd, caplog):
 def test_a_damaged_record_counts_as_none(store, caplog):
     cfg = small(N=96)
     op = Matmul(cfg, enable_tuning=False)
-    tuner.save_record(cfg, op.target, {1: tuner.TunedBucket(Tiling(1, 16, 8), ())})
+    tuner.save_record(cfg, op.target, {1: tuner.TunedBucket(LaneTiling(1, 16, 8), ())})
     (record,) = store.glob("tuning/*.json")
     record.write_text(record.read_text()[:-20])
     with caplog.at_level(logging.WARNING, "bitblas"):
@@ -217,7 +217,7 @@ def test_operators_can_be_copied_and_pickled(op):
 def test_a_record_with_another_content_counts_as_none(store):
     cfg = small(N=96)
     op = Matmul(cfg, enable_tuning=False)
-    tuner.save_record(cfg, op.target, {1: tuner.TunedBucket(Tiling(1, 16, 8), ())})
+    tuner.save_record(cfg, op.target, {1: tuner.TunedBucket(LaneTiling(1, 16, 8), ())})
     (record,) = store.glob("tuning/*.json")
     for content in ('{"buckets": []}', '{"buckets": {"1": 3}}', "[]", '{"buckets": {"1": {"tiling": {"made_up": 1}}}}'):
         record.write_text(content)
@@ -230,7 +230,7 @@ def test_a_record_makes_a_store_as_private_as_it_must_be(tmp_path):
     try:
         with bitblas.env.scope(BITBLAS_CACHE_DIR=tmp_path / "new"):
             target = Matmul(cfg, from_database=True).target
-            tuner.save_record(cfg, target, {1: tuner.TunedBucket(Tiling(1, 16, 8), ())})
+            tuner.save_record(cfg, target, {1: tuner.TunedBucket(LaneTiling(1, 16, 8), ())})
             assert Matmul(cfg).origin == "compiled"
     finally:
         os.umask(before)

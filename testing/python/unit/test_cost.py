@@ -6,14 +6,14 @@ import pytest
 
 from bitblas.config import MatmulConfig
 from bitblas.plan import native_layout
-from bitblas.schedule import RULES, Problem, Tiling, select_rule
-from bitblas.schedule.cost import Caches, estimate, rank
+from bitblas.schedule import RULES, LaneTiling, Problem, select_rule
+from bitblas.schedule.cpu.cost import Caches, estimate, rank
 from bitblas.target import resolve_target
 
 ZEN4 = resolve_target("x86-64-v4")
 HASWELL = resolve_target("x86-64-v3")
-SMALL = Tiling(1, 64, 8, prefetch=1024)
-PANEL = Tiling(8, 48, 4, chunk_k=128, panel=True, slab_m=512)
+SMALL = LaneTiling(1, 64, 8, prefetch=1024)
+PANEL = LaneTiling(8, 48, 4, chunk_k=128, panel=True, slab_m=512)
 
 
 def problem(m, N=4096, K=4096, target=ZEN4, **fields):

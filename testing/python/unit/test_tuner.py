@@ -9,7 +9,7 @@ import pytest
 from bitblas import BuildError, MatmulConfig, env, tuner
 from bitblas.errors import RemoteError
 from bitblas.plan import plan_matmul
-from bitblas.schedule import Tiling
+from bitblas.schedule import LaneTiling
 from bitblas.target import resolve_target
 from bitblas.tuner.search import MAX_ROUNDS, MIN_ROUNDS, Race, candidates, tiling_of
 
@@ -172,7 +172,7 @@ def test_a_candidate_that_cannot_be_built_loses_only_itself(caplog):
     assert list(found.buckets) == [1, 16, 64]
     assert found.buckets[16].lost == ((tiling_of(lost), "no luck"),)
     assert tiling_of(lost) not in dict(found.buckets[16].seconds)
-    assert "tuning lost Tiling(" in caplog.text
+    assert "tuning lost LaneTiling(" in caplog.text
     assert "no luck" in caplog.text
 
 
@@ -299,8 +299,10 @@ def store(tmp_path):
 
 
 def row(seconds=0.5):
-    tiling = Tiling(1, 16, 8)
-    return tuner.TunedBucket(tiling, ((tiling, seconds),), tiling, lost=((Tiling(2, 16, 8), "crashed with SIGSEGV"),))
+    tiling = LaneTiling(1, 16, 8)
+    return tuner.TunedBucket(
+        tiling, ((tiling, seconds),), tiling, lost=((LaneTiling(2, 16, 8), "crashed with SIGSEGV"),)
+    )
 
 
 def test_a_record_holds_all_that_was_measured(store):
@@ -314,9 +316,9 @@ def test_a_record_holds_all_that_was_measured(store):
     assert record["machine"]["threads"] >= 1
     assert record["date"][:2] == "20"
     bucket = record["buckets"]["1"]
-    assert bucket["candidates"] == [{"tiling": Tiling(1, 16, 8).fields(), "seconds": 0.5}]
-    assert bucket["lost"] == [{"tiling": Tiling(2, 16, 8).fields(), "error": "crashed with SIGSEGV"}]
-    assert tuner.load_record(CONFIG, TARGET) == {1: Tiling(1, 16, 8)}
+    assert bucket["candidates"] == [{"tiling": LaneTiling(1, 16, 8).fields(), "seconds": 0.5}]
+    assert bucket["lost"] == [{"tiling": LaneTiling(2, 16, 8).fields(), "error": "crashed with SIGSEGV"}]
+    assert tuner.load_record(CONFIG, TARGET) == {1: LaneTiling(1, 16, 8)}
 
 
 def test_a_second_search_replaces_its_buckets_and_leaves_the_others(store):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..layout import LANES
-from .rule import Problem, Tiling, largest_divisor
+from ...layout import LANES
+from ..rule import Problem, largest_divisor
+from .units import LaneTiling
 
 #: Rows × blocks of sixteen columns whose sums stay in registers.
 Shape = tuple[int, int]
@@ -55,7 +56,7 @@ _MOST_STREAMS = 4
 _BESIDE_CODES: dict[int, tuple[int, int, int]] = {24: (8, 12, 12), 6: (4, 4, 2), 3: (2, 2, 2)}
 
 
-def decode_in_registers(problem: Problem, num_sums: int, per_row: int = 1, least_sums: int = 1) -> list[Tiling]:
+def decode_in_registers(problem: Problem, num_sums: int, per_row: int = 1, least_sums: int = 1) -> list[LaneTiling]:
     """Tilings that decode weights in registers, for as many rows as one tile holds.
 
     Parameters
@@ -76,7 +77,7 @@ def decode_in_registers(problem: Problem, num_sums: int, per_row: int = 1, least
     width = max(1, min(_MOST_STREAMS if rows == 1 else 8, width))
     shapes = [(rows, blocks) for blocks in dict.fromkeys((width, max(1, width // 2), width + 1))]
     shapes += [(max(1, rows // 2), width), (rows, width * 2)]
-    tilings = _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 8)))
+    tilings = _in_slabs(_tilings(problem, shapes, LaneTiling(1, LANES, 8)))
     found = []
     for tiling in tilings:
         blocks = tiling.block_n // LANES
@@ -86,22 +87,22 @@ def decode_in_registers(problem: Problem, num_sums: int, per_row: int = 1, least
     return found
 
 
-def decode_to_panel(problem: Problem, num_sums: int, per_row: int = 1, panel_k: int = PANEL_K) -> list[Tiling]:
+def decode_to_panel(problem: Problem, num_sums: int, per_row: int = 1, panel_k: int = PANEL_K) -> list[LaneTiling]:
     """Tilings that decode weights once for all rows, `panel_k` at a time; the less of the last tiles is empty the better."""
     most = _SHAPES[_fitting(num_sums)]
     shapes = [(min(max(1, rows // per_row), problem.m), blocks) for rows, blocks in most]
     if problem.m * per_row < most[0][0]:  # one that is as wide as the rows allow
         shapes.insert(0, (problem.m, max(1, min(6, _fitting(num_sums) // (problem.m * per_row)))))
     shapes.sort(key=lambda shape: _padded_work(problem, *shape))
-    return _in_slabs(_tilings(problem, shapes, Tiling(1, LANES, 4, chunk_k=panel_k, panel=True)))
+    return _in_slabs(_tilings(problem, shapes, LaneTiling(1, LANES, 4, chunk_k=panel_k, panel=True)))
 
 
-def split_over_k(problem: Problem, tilings: list[Tiling]) -> list[Tiling]:
+def split_over_k(problem: Problem, tilings: list[LaneTiling]) -> list[LaneTiling]:
     """The tilings, each with K in parts where the columns alone are too few for many threads."""
     return [_split(problem, tiling) for tiling in tilings]
 
 
-def _split(problem: Problem, tiling: Tiling) -> Tiling:
+def _split(problem: Problem, tiling: LaneTiling) -> LaneTiling:
     tiles = -(-problem.config.N // tiling.block_n)
     wanted = min(-(-ENOUGH_TILES // tiles), problem.work // (tiles * LEAST_TASK))
     if wanted < 2 or not tiling.parallel:
@@ -112,7 +113,7 @@ def _split(problem: Problem, tiling: Tiling) -> Tiling:
     return replace(tiling, split_k=largest_divisor(chunks, wanted))
 
 
-def four_blocks_first(tilings: list[Tiling]) -> list[Tiling]:
+def four_blocks_first(tilings: list[LaneTiling]) -> list[LaneTiling]:
     """At most four rows by four blocks come first.
 
     4 x 4 took 5.74 ms where 8 x 3 took 5.86 (int8 times int8, M=128, VNNI on Zen 4), and 10.5 where 6 x 4 took 11.0 (bfloat16
@@ -128,7 +129,7 @@ def _fitting(num_sums: int) -> int:
     return max(size for size in _SHAPES if size <= num_sums)
 
 
-def _in_slabs(tilings: list[Tiling]) -> list[Tiling]:
+def _in_slabs(tilings: list[LaneTiling]) -> list[LaneTiling]:
     return [replace(tiling, slab_m=-(-SLAB_M // tiling.block_m) * tiling.block_m) for tiling in tilings]
 
 
@@ -139,7 +140,7 @@ def _padded_work(problem: Problem, rows: int, blocks: int) -> int:
     return int(padded_m * padded_n * 20)
 
 
-def _tilings(problem: Problem, shapes: list[Shape], base: Tiling) -> list[Tiling]:
+def _tilings(problem: Problem, shapes: list[Shape], base: LaneTiling) -> list[LaneTiling]:
     """`base` with each shape; a tile is never wider than the output."""
     parallel = problem.work > SERIAL_WORK
     found = []

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..layout import QUAD
-from .rule import LINE_BYTES, Problem, Tiling
+from ...layout import QUAD
+from ..rule import LINE_BYTES, Problem
+from .units import LaneTiling
 
 #: Sums that have to be under way so that no multiplier waits for one: 4 cycles' latency, 2 a cycle.
 _CHAINS = 8
 #: Vectors multiplied, and vectors loaded, in a cycle.
 _PER_CYCLE = 2
-#: Multiply-accumulates of a lane, by `Tiling.dot`; of bytes four.
+#: Multiply-accumulates of a lane, by `LaneTiling.dot`; of bytes four.
 _PRODUCTS = {"": 1, "bf16": 2}
 #: Instructions that decode a vector of codes.
 _DECODE = 3
@@ -80,7 +81,7 @@ class Cost:
         return max(self.weights, computing) * self.imbalance + 0.1 * min(self.weights, computing)
 
 
-def estimate(problem: Problem, tiling: Tiling, caches: Caches = Caches()) -> Cost:
+def estimate(problem: Problem, tiling: LaneTiling, caches: Caches = Caches()) -> Cost:
     """What a tiling is expected to cost."""
     config, target = problem.config, problem.target
     vector = max(4, target.vector_bits // 32)
@@ -119,7 +120,7 @@ def estimate(problem: Problem, tiling: Tiling, caches: Caches = Caches()) -> Cos
     return Cost(weights, activations, panel, decode, multiply, 2 * missing * tile_steps, imbalance)
 
 
-def rank(problem: Problem, tilings: Sequence[Tiling], caches: Caches = Caches()) -> list[Tiling]:
+def rank(problem: Problem, tilings: Sequence[LaneTiling], caches: Caches = Caches()) -> list[LaneTiling]:
     """The default, which is the first, and then the others, the cheapest first; equal ones as they come."""
     default, *others = tilings
     return [default, *sorted(others, key=lambda tiling: estimate(problem, tiling, caches).total)]

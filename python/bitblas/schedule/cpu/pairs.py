@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..formats import DataFormat
-from .rule import Problem, Tiling, Unit, UnitRule
+from ...formats import DataFormat
+from ..rule import Problem
 from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel, four_blocks_first, split_over_k
+from .units import LaneTiling, Unit, UnitRule
 
 if TYPE_CHECKING:
     from tvm import tirx
-    from tvm.s_tir import Schedule
 
 #: Widest codes of which a table of 32 entries decodes two at a time.
 _LOOKUP_BITS = 5
@@ -55,7 +55,7 @@ class PairRule(UnitRule):
             reason = f"decodes {problem.config.W_dtype} too slowly for {problem.m} rows"
         return reason
 
-    def tilings(self, problem: Problem) -> list[Tiling]:
+    def tilings(self, problem: Problem) -> list[LaneTiling]:
         """See `ScheduleRule`."""
         num_sums = self.unit.num_sums(problem.target)
         again = decode_in_registers(problem, num_sums, least_sums=_LEAST_SUMS)
@@ -63,7 +63,7 @@ class PairRule(UnitRule):
         found = again + once if problem.m <= DECODE_AGAIN_ROWS else once + again
         return split_over_k(problem, [replace(tiling, dot="bf16") for tiling in found])
 
-    def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
+    def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: LaneTiling) -> tirx.PrimFunc:
         """See `ScheduleRule`."""
         from .lanes import Intrinsics, schedule_lanes
         from .lookups import look_up_pairs
@@ -72,4 +72,4 @@ class PairRule(UnitRule):
         fmt = problem.config.format
         decode = look_up_pairs(fmt.name) if self.unit.looks_up(fmt) else None
         intrinsics = Intrinsics(decode, pair_activations(), lambda depth: dot_pairs(), library=BF16_LIBRARY)
-        return schedule_lanes(func, problem, tiling, intrinsics)
+        return schedule_lanes(func, problem, tiling, intrinsics).mod["main"]

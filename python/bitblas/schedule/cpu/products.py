@@ -11,9 +11,9 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
-from ..expr.pairs import PAIR, half, join_pair
-from ..expr.quads import quad_byte
-from ..layout import LANES, QUAD
+from ...expr.pairs import PAIR, half, join_pair
+from ...expr.quads import quad_byte
+from ...layout import LANES, QUAD
 from .intrinsics import pure_call, register
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..formats import DataFormat
-from .rule import Problem, Tiling, Unit, UnitRule
+from ...formats import DataFormat
+from ..rule import Problem
 from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel, split_over_k
+from .units import LaneTiling, Unit, UnitRule
 
 if TYPE_CHECKING:
     from tvm import tirx
-    from tvm.s_tir import Schedule
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FloatRule(UnitRule):
 
     unit: FloatUnit
 
-    def tilings(self, problem: Problem) -> list[Tiling]:
+    def tilings(self, problem: Problem) -> list[LaneTiling]:
         """See `ScheduleRule`."""
         num_sums = self.unit.num_sums(problem.target)
         again, once = decode_in_registers(problem, num_sums), decode_to_panel(problem, num_sums)
@@ -62,11 +62,11 @@ class FloatRule(UnitRule):
             return False
         return self.unit.looks_up(fmt) and len(problem.layout.planes) == 1
 
-    def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
+    def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: LaneTiling) -> tirx.PrimFunc:
         """See `ScheduleRule`."""
         from .lanes import Intrinsics, schedule_lanes
         from .lookups import look_up
 
         fmt = problem.config.format
         decode = look_up(self.unit.lookup, fmt.name) if self.unit.looks_up(fmt) else None
-        return schedule_lanes(func, problem, tiling, Intrinsics(decode))
+        return schedule_lanes(func, problem, tiling, Intrinsics(decode)).mod["main"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..config import MatmulConfig
-from ..formats import DataFormat
-from ..layout import LANES, dots_unit
-from ..target import Target
-from .rule import Problem, Tiling, Unit, UnitRule
+from ...config import MatmulConfig
+from ...formats import DataFormat
+from ...layout import LANES, dots_unit
+from ...target import Target
+from ..rule import Problem
 from .tilings import DECODE_AGAIN_ROWS, decode_in_registers, decode_to_panel, four_blocks_first, split_over_k
+from .units import LaneTiling, Unit, UnitRule
 
 if TYPE_CHECKING:
     from tvm import tirx
-    from tvm.s_tir import Schedule
 
 #: k that are decoded into a panel of bytes at a time: 512 · 64 columns are 32 KB.
 _PANEL_K = 512
@@ -35,7 +35,7 @@ class DotUnit(Unit):
     instruction : str
         Its row in `bitblas.schedule.products.DOT_INSTRUCTIONS`.
     dot : str
-        What it multiplies: see `Tiling`.
+        What it multiplies: see `LaneTiling`.
     most_bits : int
         Widest codes that it multiplies exactly.
     slices: bool
@@ -100,7 +100,7 @@ class DotRule(UnitRule):
 
     unit: DotUnit
 
-    def tilings(self, problem: Problem) -> list[Tiling]:
+    def tilings(self, problem: Problem) -> list[LaneTiling]:
         """See `ScheduleRule`."""
         num_sums, slices = self.unit.num_sums(problem.target), num_slices(problem.config)
         again = decode_in_registers(problem, num_sums, slices or 1)
@@ -111,7 +111,7 @@ class DotRule(UnitRule):
         found = [replace(t, dot=self.unit.dot, slices=slices, chunk_k=t.chunk_k or most) for t in found]
         return split_over_k(problem, found)
 
-    def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: Tiling) -> Schedule:
+    def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: LaneTiling) -> tirx.PrimFunc:
         """See `ScheduleRule`."""
         from .lanes import Intrinsics, schedule_lanes
         from .products import dot_quads
@@ -121,4 +121,6 @@ class DotRule(UnitRule):
         def dot(depth: int) -> str:
             return dot_quads(unit.instruction, unit.vector_lanes, unit.dot, depth)
 
-        return schedule_lanes(func, problem, tiling, Intrinsics(dot=dot, depth=unit.depth(problem.config.format)))
+        return schedule_lanes(func, problem, tiling, Intrinsics(dot=dot, depth=unit.depth(problem.config.format))).mod[
+            "main"
+        ]

@@ -10,12 +10,13 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from ..config import MatmulConfig
-from ..expr.pairs import PAIR
-from ..expr.quads import needs_row_sum
-from ..layout import LANES, QUAD, UNIT
+from ...config import MatmulConfig
+from ...expr.pairs import PAIR
+from ...expr.quads import needs_row_sum
+from ...layout import LANES, QUAD, UNIT
+from ..rule import LINE_BYTES, Problem
 from .intrinsics import load_words, transpose_lanes, unpack_zeros
-from .rule import LINE_BYTES, Problem, Tiling
+from .units import LaneTiling
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Intrinsics:
     library: str = ""
 
 
-def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, intrinsics: Intrinsics) -> Schedule:
+def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: LaneTiling, intrinsics: Intrinsics) -> Schedule:
     """Schedule a matmul for lanes.
 
     Before -> after, where weights are decoded in registers::
@@ -87,7 +88,7 @@ def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: Tiling, intrin
 class _Nest:
     """The schedule in the making."""
 
-    def __init__(self, sch: Schedule, problem: Problem, tiling: Tiling, intrinsics: Intrinsics) -> None:
+    def __init__(self, sch: Schedule, problem: Problem, tiling: LaneTiling, intrinsics: Intrinsics) -> None:
         self.sch, self.problem, self.tiling = sch, problem, tiling
         self.config: MatmulConfig = problem.config
         self.intrinsics = intrinsics

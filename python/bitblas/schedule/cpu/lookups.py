@@ -12,10 +12,10 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
-from ..expr.decode import decode
-from ..expr.pairs import decode_pair
-from ..formats import parse_format
-from ..layout import LANES
+from ...expr.decode import decode
+from ...expr.pairs import decode_pair
+from ...formats import parse_format
+from ...layout import LANES
 from .intrinsics import pure_call, register
 
 
