@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 #: Instruction sets that rules ask for, or that LLVM uses where it finds a place, in its names, by those of Linux.
 LINUX_FLAGS = {
     **{name: name for name in ("popcnt", "ssse3", "avx", "avx2", "bmi2", "f16c", "fma", "movbe", "gfni")},
@@ -127,6 +130,52 @@ CARDS = {
     "nvidia-b200": "sm_100",
     "geforce-rtx-5090": "sm_120",
 }
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a kernel's tiles are chosen from: numbers of a graphics card.
+
+    Attributes
+    ----------
+    num_sms : int
+        Streaming multiprocessors.
+    shared_bytes : int
+        Shared memory that one block may have at most, of a multiprocessor's.
+    l2_bytes : int
+        Size of the second-level cache.
+    memory_gbs : int
+        Bandwidth of the memory, in GB/s; 0 where it is not known.
+    """
+
+    num_sms: int
+    shared_bytes: int
+    l2_bytes: int
+    memory_gbs: int = 0
+
+
+_KB, _MB = 1 << 10, 1 << 20
+
+#: A card of each compute capability, for targets that name no card that is there. Source of shared memory: CUDA C++ Programming
+#: Guide, "Technical Specifications per Compute Capability"; of the rest: NVIDIA's architecture white papers.
+TYPICAL_CARDS = {
+    "sm_75": Card(40, 64 * _KB, 4 * _MB, 320),  # T4
+    "sm_80": Card(108, 163 * _KB, 40 * _MB, 1555),  # A100
+    "sm_86": Card(84, 99 * _KB, 6 * _MB, 768),  # A6000
+    "sm_87": Card(16, 163 * _KB, 4 * _MB, 204),  # Orin
+    "sm_89": Card(128, 99 * _KB, 72 * _MB, 1008),  # RTX 4090
+    "sm_90": Card(132, 227 * _KB, 50 * _MB, 3352),  # H100
+    "sm_100": Card(148, 227 * _KB, 126 * _MB, 8000),  # B200
+    "sm_103": Card(148, 227 * _KB, 126 * _MB, 8000),  # B300
+    "sm_120": Card(170, 99 * _KB, 96 * _MB, 1792),  # RTX 5090
+}
+
+
+def typical_card(arch: str) -> Card:
+    """A card of a compute capability such as ``"sm_90a"``: that of the next lower one where it is not in the table."""
+    number = int(re.sub(r"\D", "", arch))
+    known = [name for name in TYPICAL_CARDS if int(name[3:]) <= number]
+    return TYPICAL_CARDS[known[-1] if known else "sm_75"]
 
 
 def with_needs(name: str) -> frozenset[str]:

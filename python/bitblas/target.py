@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import env
 from .errors import ConfigError, UnsupportedError
-from .machines import ARM_CPUS, CARDS, LEVELS, LINUX_FLAGS, NEON, X86_CPUS, with_needs
+from .machines import ARM_CPUS, CARDS, LEVELS, LINUX_FLAGS, NEON, X86_CPUS, Card, typical_card, with_needs
 
 #: Instruction sets that this CPU is compiled for beyond its level: those that rules ask for.
 _ASKED_FOR = frozenset({"f16c", "fma", "avx", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512vnni"}) | {
@@ -43,12 +43,19 @@ class Target:
         LLVM's name of the CPU; empty for CUDA.
     mattr : tuple of str
         LLVM features beyond those of `mcpu`, each with its sign.
+    card : Card or None
+        Numbers of the graphics card, of a typical one where none is given; None for CPUs.
     """
 
     kind: str
     arch: str
     mcpu: str = ""
     mattr: tuple[str, ...] = ()
+    card: Card | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "cuda" and self.card is None:
+            object.__setattr__(self, "card", typical_card(self.arch))
 
     @property
     def features(self) -> frozenset[str]:
@@ -63,6 +70,11 @@ class Target:
             else:
                 found = {other for other in found if name not in with_needs(other)}
         return frozenset(found)
+
+    @property
+    def capability(self) -> int:
+        """Compute capability as a number, 90 for sm_90; 0 for CPUs."""
+        return int(re.sub(r"\D", "", self.arch)) if self.kind == "cuda" else 0
 
     @property
     def vector_bits(self) -> int:
