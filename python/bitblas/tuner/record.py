@@ -49,7 +49,7 @@ def this_machine() -> dict[str, object]:
 
 def record_path(config: MatmulConfig, target: Target) -> Path:
     """The file of a config and a target, under the installed versions."""
-    key = artifact_key({"config": config.kernel.fields(), "target": target.fields(), "toolchain": toolchain()})
+    key = artifact_key({"config": config.kernel.fields(), "target": target.facts(), "toolchain": toolchain()})
     return env.CACHE_DIR.get() / "tuning" / f"{key}.json"
 
 
