@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from . import env
 from ._version import __version__
-from .cuda.compile import find_cuda_compiler, write_cuda
+from .cuda.compile import Compiled, find_cuda_compiler, write_cuda
 from .errors import BuildError
 from .logs import progress
 from .plan import MatmulPlan
@@ -135,13 +135,7 @@ def compile_plan(
         TVM is not installed, or fails.
     """
     step("loading TVM")
-    try:
-        import tvm  # noqa: F401 - to find out whether it can be
-    except ImportError as error:
-        raise BuildError(
-            f"compiling an operator needs TVM, which cannot be imported ({error}); install it with: "
-            "pip install 'apache-tvm>=0.27,<0.28' 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
-        ) from error
+    _check_tvm()
     try:
         step("scheduling")
         mod = scheduled_module(plan)
@@ -149,6 +143,16 @@ def compile_plan(
         return compile_module(mod, plan.target), mod.script()
     except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {plan.config} for {plan.target}", output=str(error)) from error
+
+
+def _check_tvm() -> None:
+    try:
+        import tvm  # noqa: F401 - to find out whether it can be
+    except ImportError as error:
+        raise BuildError(
+            f"compiling an operator needs TVM, which cannot be imported ({error}); install it with: "
+            "pip install 'apache-tvm>=0.27,<0.28' 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
+        ) from error
 
 
 def compile_module(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
@@ -187,16 +191,32 @@ def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> dict[str,
         nvcc is too new for the card.
     """
     with progress(f"building {plan.describe()}", len(COMPILE_STEPS) + 1) as step:
+        if plan.target.kind == "cuda":
+            return _build_cuda(plan, directory, compiler, step)
         executable, script = compile_plan(plan, step)
         (directory / SCRIPT).write_text(script)
         step("linking")
-        if plan.target.kind == "cuda":
-            return write_cuda(
-                executable.mod, directory / SOURCES["cuda"], directory / LIBRARY, compiler, plan.target.arch
-            )
         (directory / SOURCES["llvm"]).write_text(executable.mod.inspect_source("ll"))
         executable.export_library(str(directory / LIBRARY), fcompile=_linker(compiler))
         return {"library": LIBRARY, "linker": compiler}
+
+
+def _build_cuda(plan: MatmulPlan, directory: Path, compiler: str, step: Callable[[str], None]) -> dict[str, object]:
+    compiled, script = compile_cuda(plan, step)
+    (directory / SCRIPT).write_text(script)
+    step("linking")
+    return write_cuda(compiled, directory / SOURCES["cuda"], directory / LIBRARY, compiler)
+
+
+def compile_cuda(plan: MatmulPlan, step: Callable[[str], None] = lambda name: None) -> tuple[Compiled, str]:
+    """`compile_plan` for a card, with what the text does not tell a program: how kernels are launched."""
+    step("loading TVM")
+    _check_tvm()
+    from .lowering import keep_host_functions
+
+    with keep_host_functions() as hosts:
+        executable, script = compile_plan(plan, lambda name: None if name == "loading TVM" else step(name))
+    return Compiled(executable.mod, hosts[-1], plan.target.arch), script
 
 
 def _linker(compiler: str) -> Callable[..., None]:

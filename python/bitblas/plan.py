@@ -114,8 +114,8 @@ def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling
     config = config.kernel
     if target.kind == "cuda" and target.capability < OLDEST_CAPABILITY:
         raise UnsupportedError(
-            f"target {target}: cards of compute capability {OLDEST_CAPABILITY / 10} and later are supported, which is what CUDA "
-            "13 compiles for; name another target, such as 'llvm' for this CPU"
+            f"target {target}: cards of compute capability {OLDEST_CAPABILITY / 10} and later are supported, those of CUDA 13; "
+            "name another target, such as 'llvm' for this CPU"
         )
     layout = native_layout(config, target)
     if max(config.N, config.K) >= MAX_SIDE:

@@ -13,6 +13,7 @@ import torch
 import tvm_ffi
 
 from .config import MatmulConfig
+from .cuda.compile import load_cubin
 from .cuda.workspaces import workspaces
 from .plan import KernelPlan, MatmulPlan
 from .schedule import Tiling
@@ -82,6 +83,8 @@ def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
     Kernels for cards are loaded to a device, by the CUDA runtime in the library, when they are first launched there. They run
     on torch's current stream of the device that the tensors are on: tvm_ffi asks torch for it when it takes the first tensor.
     """
+    if library.suffix == ".cubin":
+        return _kernels(load_cubin(library), plan)
     return _kernels(tvm_ffi.load_module(str(library)), plan)
 
 
