@@ -177,7 +177,7 @@ class PackedLayout:
         return n // LANES * (self.K // plane.codes_per_word) + k // plane.codes_per_word, n % LANES
 
     def span(self, plane: Plane) -> int:
-        """Blocks along K whose words lie side by side for a thread, so that it loads up to 16 bytes at once; for tensor cores."""
+        """Blocks along K whose words a thread has side by side, to load up to 16 bytes at once; for tensor cores."""
         blocks = self.K // FRAGMENT_K
         return (
             next(span for span in (4, 2, 1) if span * plane.width <= 4 and blocks % span == 0) if plane.width < 4 else 1

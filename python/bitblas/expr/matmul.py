@@ -143,22 +143,29 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     accumulated = _accumulate(expr, rows, _Sums(partial, row_sum, steps, scale, zero, group_scale))
 
     def epilogue(i: Expr, n: Expr) -> Expr:
-        value, dtype = accumulated[i, n], cfg.sum_dtype
-        factor = None if column_scale is None else column_scale[0, n].astype(cfg.scaling_dtype)
-        if row_scale is not None:
-            factor = _times(factor, row_scale[i, 0])
-        if factor is not None:
-            dtype = cfg.scaling_dtype
-            value = value.astype(dtype) * factor
-        if bias is not None:
-            if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
-                dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
-            value = value.astype(dtype) + bias[n].astype(dtype)
-        return _store_as(value, dtype, cfg.out_dtype)
+        factor = None if column_scale is None else column_scale[0, n]
+        row_factor = None if row_scale is None else row_scale[i, 0]
+        return finish(cfg, accumulated[i, n], factor, row_factor, None if bias is None else bias[n])
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
     return func.with_attr({"global_symbol": name})
+
+
+def finish(cfg: MatmulConfig, value: Expr, scale: Expr | None, row_scale: Expr | None, bias: Expr | None) -> Expr:
+    """An element of the output, of the sum of its products: with what scales its whole column and row, and its bias."""
+    dtype = cfg.sum_dtype
+    factor = None if scale is None else scale.astype(cfg.scaling_dtype)
+    if row_scale is not None:
+        factor = _times(factor, row_scale)
+    if factor is not None:
+        dtype = cfg.scaling_dtype
+        value = value.astype(dtype) * factor
+    if bias is not None:
+        if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
+            dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
+        value = value.astype(dtype) + bias.astype(dtype)
+    return _store_as(value, dtype, cfg.out_dtype)
 
 
 def _times(factor: Expr | None, other: Expr) -> Expr:
