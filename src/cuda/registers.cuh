@@ -160,3 +160,8 @@ BITBLAS_WIDEN(s8, f16)
 BITBLAS_WIDEN(e4m3, f16)
 BITBLAS_WIDEN(e5m2, f16)
 #undef BITBLAS_WIDEN
+
+// Whether x is not 0 in any thread of the warp.
+BITBLAS_DEVICE int bitblas_any(int x) {
+  return __any_sync(0xFFFFFFFFu, x);
+}

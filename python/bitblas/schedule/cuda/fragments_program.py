@@ -113,6 +113,11 @@ class FragmentProgram:
         #: What is summed before it meets the scale and the zero point of its group.
         self.fold = tiling.fold(config)
         self.float_zeros = config.with_zeros and not config.zeros_packed
+        #: Whether the whole part of a float zero point is subtracted from codes, so that only a rest, if there is one, asks for
+        #: the sums of activations.
+        self.splits_zeros = (
+            self.float_zeros and config.zeros_mode == "original" and config.format.bits < 8 and config.W_dtype != "int1"
+        )
         self.scales_groups = config.with_scaling and not config.integer_accumulation
         self.per_group = config.num_groups > 1
         self.folds = self.per_group and (self.scales_groups or self.float_zeros)
@@ -187,6 +192,7 @@ class FragmentProgram:
             self._load(worker)
         if not self.per_group:
             self._load_groups(worker)
+            self._split_zeros()
         for ahead in range(tiling.stages - 1):
             with _when(count > ahead):
                 self._copy(worker + ahead * self.workers, ahead)
@@ -226,6 +232,9 @@ class FragmentProgram:
         if self.float_zeros:
             self.ones = _Registers("ones", 4, "uint32")
             self.ones.fill(u32(_ONES[self.products]))
+        if self.splits_zeros:
+            self.offsets, self.rests = _Registers("offsets", per_row, "uint32"), _Registers("rests", per_row, "float32")
+            self.any_rest = _Registers("any_rest", 1, "int32")
         if self.decoder.looks_up:
             self.table = _Registers("table", 8, "uint32")
             for index, word in enumerate(table_words(self.config.format, self.products)):
@@ -250,6 +259,8 @@ class FragmentProgram:
             now.take(ahead)
         with _when(turn + 1 < count):
             self._load(step + self.workers)
+        if self.per_group:
+            self._split_zeros()
         if tiling.stages:
             _run(f"wait_copies<{tiling.stages - 2}>")
             B.evaluate(B.tvm_storage_sync("shared"))
@@ -387,12 +398,34 @@ class FragmentProgram:
                             block,
                             half_block,
                         )
-                if self.row_sums is not None:
-                    for m_tile in range(self.tiling.m_tiles):
-                        self._mma(self.row_sums, m_tile, self.ones, m_tile, step, block, half_block)
+            self._sum_rows(block, half_block)
             done = block * FRAGMENT_K + (half_block + 1) * 32
             if self.folds and done % self.fold == 0:
                 self._fold(done // self.fold - 1)
+
+    def _sum_rows(self, block: int, half_block: int) -> None:
+        """Sum the activations of 32 k of each row, where a zero point asks for it: products with ones."""
+        if self.row_sums is None:
+            return
+        with _when(self.any_rest[0] != 0 if self.splits_zeros else True):
+            for step in range(self.decoder.num_steps // 2):
+                for m_tile in range(self.tiling.m_tiles):
+                    self._mma(self.row_sums, m_tile, self.ones, m_tile, step, block, half_block)
+
+    def _split_zeros(self) -> None:
+        """Float zero points into what codes hold, and a rest, which is 0 for whole ones."""
+        if not self.splits_zeros:
+            return
+        fmt, largest = self.config.format, float((1 << self.config.format.bits) - 1)
+        offset = tirx.const(float(fmt.code_offset), "float32")
+        found: Expr = tirx.const(False, "bool")
+        for index in range(self.zeros.size):
+            zero = self.zeros[index].astype("float32") + offset
+            whole = tirx.max(tirx.min(tirx.nearbyint(zero), tirx.const(largest, "float32")), tirx.const(0.0, "float32"))
+            self.offsets[index] = whole.astype("uint32")
+            self.rests[index] = zero - self.offsets[index].astype("float32")
+            found = tirx.any(found, self.rests[index] != tirx.const(0.0, "float32"))
+        self.any_rest[0] = B.call_extern("int32", "bitblas_any", found.astype("int32"))
 
     def _right(self, block: int, half_block: int, turn: Expr) -> None:
         """The activations of 32 k into registers, as they are multiplied."""
@@ -435,10 +468,15 @@ class FragmentProgram:
         k = block * FRAGMENT_K + step * (FRAGMENT_K // self.decoder.num_steps)
         fold = k // self.fold if self.num_folds > 1 else 0
         for register in range(4):
-            zero = self._zero(n_tile, fold, register % 2) if self.config.zeros_packed else None
+            zero = self._zero(n_tile, fold, register % 2)
             self.weights[register] = self.decoder.register(words, 4 * step + register, zero)
 
-    def _zero(self, n_tile: int, fold: int, half: int) -> Zero:
+    def _zero(self, n_tile: int, fold: int, half: int) -> Zero | None:
+        """What is subtracted from a code, beyond what its format says."""
+        if self.splits_zeros:
+            return Zero(self.offsets[self._per_row(n_tile, fold, half)])
+        if not self.config.zeros_packed:
+            return None
         bits, index = self.config.format.bits, self._per_row(n_tile, fold, half) * self.zero_bytes
         code = join_bytes([self.zeros[index + part] for part in range(self.zero_bytes)])
         code = tirx.shift_right(code, self._column(n_tile, half) * bits % 8)
@@ -457,7 +495,8 @@ class FragmentProgram:
                     shift = None
                     if self.row_sums is not None:
                         row_sum = self.row_sums[m_tile * 4 + element].astype("float32")
-                        shift = row_sum * self.zeros[at].astype("float32")
+                        zeros = self.rests if self.splits_zeros else self.zeros
+                        shift = row_sum * zeros[at].astype("float32")
                     if shift is not None and cfg.zeros_mode != "rescale":
                         value = value - shift
                     value = value if scale is None else value * scale
