@@ -114,26 +114,38 @@ class Target:
         return f"{self.kind}{triple} -mcpu={self.mcpu}" + (f" -mattr={','.join(self.mattr)}" if self.mattr else "")
 
     def fields(self) -> dict[str, object]:
-        """All that shapes the code, as JSON values."""
+        """All that shapes the code of a given tiling, as JSON values: of a card its capability, not its size.
+
+        So cards of one capability share what was built for the same tilings.
+        """
         return {"kind": self.kind, "arch": self.arch, "mcpu": self.mcpu, "mattr": list(self.mattr)}
 
     def as_tvm(self) -> dict[str, object]:
         """The dictionary from which TVM makes its own target."""
-        if self.kind != "llvm":
-            return {"kind": self.kind, "arch": self.arch}
+        if self.card is not None:
+            return {
+                "kind": self.kind,
+                "arch": self.arch,
+                "max_threads_per_block": 1024,
+                "max_shared_memory_per_block": self.card.shared_bytes,
+                "thread_warp_size": 32,
+                "host": {"kind": "cuda_host"},
+            }
         spec: dict[str, object] = {"kind": self.kind, "mcpu": self.mcpu}
         if self.is_foreign:
             spec["mtriple"] = self.triple
         return {**spec, "mattr": list(self.mattr)} if self.mattr else spec
 
     def check_runnable(self) -> None:
-        """Raise where this machine lacks an instruction set of the target.
+        """Raise where this CPU lacks an instruction set of the target; devices are looked at when a call names one.
 
         Raises
         ------
         UnsupportedError
             With the names of what is missing.
         """
+        if self.kind != "llvm":
+            return
         missing = self.features - host_features()
         if self.arch != platform.machine() or missing:
             lacks = ", ".join(sorted(missing)) or self.arch
@@ -257,6 +269,18 @@ def _card(name: str, given: object) -> str:
         f"target is {given!r}: {name!r} is no card that is known here. Did you mean 'nvidia/{found[0]}'? Or give the compute "
         "capability, as in 'cuda -arch=sm_90'"
     )
+
+
+def runs_on(built: str, arch: str) -> bool:
+    """Whether code for one compute capability runs on a device of another, as ``runs_on("sm_80", "sm_86")`` does.
+
+    Machine code runs within a major version, upwards; that of features of one architecture ("sm_90a") only there, that of a
+    family ("sm_100f") within the major version. Source: CUDA C++ Programming Guide, "Binary Compatibility".
+    """
+    if built == arch:
+        return True
+    had, wanted = (int(re.sub(r"\D", "", name)) for name in (arch, built))
+    return had >= wanted and had // 10 == wanted // 10 and (not built.endswith("a") or had == wanted)
 
 
 def device_arch(index: int = 0) -> str:

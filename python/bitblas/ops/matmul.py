@@ -22,6 +22,7 @@ from ..tuner import SECONDS
 from ..tuner.record import choices, read_record
 from . import provider
 from .arguments import Door
+from .cuda_arguments import CudaDoor
 from .facts import WithFacts
 from .provider import Provided, load, provide, store
 from .weights import WithWeights
@@ -115,7 +116,8 @@ class Matmul(WithWeights, WithFacts):
         self._lock = ForkLock()
         self._provided = provided
         self._kernels: Kernels | None = provided.kernels if provided else None
-        self._door = Door(config, tuple(self.retrieve_weight_shape()))
+        shape = tuple(self.retrieve_weight_shape())
+        self._door = CudaDoor(config, shape, plan.target) if plan.target.kind == "cuda" else Door(config, shape)
 
     @classmethod
     def restore(
@@ -322,7 +324,7 @@ class Matmul(WithWeights, WithFacts):
         return self.forward(*args, **kwargs)
 
     def get_source(self) -> str:
-        """The generated code of all kernels: LLVM IR."""
+        """The generated code of all kernels: LLVM IR, or CUDA C++."""
         self._provide()
         return _text(self._provided.source)  # type: ignore[union-attr]
 
