@@ -131,6 +131,7 @@ class FragmentProgram:
         """The function; its arguments are those of `bitblas.expr.matmul_func`, and a workspace where K is split."""
         with IRBuilder() as builder, B.prim_func(s_tir=True):
             B.func_name(name)
+            self.name = name  # kernels of one text may not declare different memory under one name
             B.func_attr({"tirx.noalias": True, "global_symbol": name})
             self._arguments()
             tiles_m = -(-self.config.N // self.tiling.block_n)
@@ -144,6 +145,7 @@ class FragmentProgram:
             ):
                 B.reads()
                 B.writes()
+                B.attr(thread, "tirx.launch_bounds_min_blocks_per_sm", self.tiling.blocks_at_once)
                 self.tile, self.part, self.thread = tile, part, thread
                 self._body()
         return builder.get()
@@ -223,8 +225,7 @@ class FragmentProgram:
         held = tiling.m_tiles * (2 * self.blocks_per_step if not tiling.stages else 1)
         self.activations = _Registers("activations", held * self.raw, "uint32")
         if not tiling.stages:
-            self.next_activations = _Registers("next_activations", held * self.raw, "uint32")
-            self.next_activations.fill(u32(0))
+            self.activations.fill(u32(0))  # of rows beyond m
         self.right = _Registers("right", tiling.m_tiles * 4, "uint32") if self.widen else self.activations
         self.sums = _Registers("sums", tiles * 4, self.sum_dtype)
         self.totals = _Registers("totals", tiles * 4, self.total_dtype) if self._has_totals else self.sums
@@ -240,7 +241,7 @@ class FragmentProgram:
             for index, word in enumerate(table_words(self.config.format, self.products)):
                 self.table[index] = u32(word)
         shared = tiling.shared_bytes(self.config)
-        self.shared = _named("shared", B.sblock_alloc_buffer((shared,), "int8", scope="shared.dyn"))
+        self.shared = _named(f"shared_{self.name}", B.sblock_alloc_buffer((shared,), "int8", scope="shared.dyn"))
 
     def _now_and_next(self, name: str, size: int, dtype: str) -> tuple[_Registers, _Registers]:
         """What belongs to groups, of this step and of the next; one and the same where there is one group."""
@@ -255,6 +256,8 @@ class FragmentProgram:
     def _turn(self, step: Expr, turn: Expr, count: Expr) -> None:
         """One step over k: take what was loaded, load for the next, multiply."""
         tiling = self.tiling
+        if not tiling.stages:
+            self._load_activations(step)  # from a cache, while the weights are still on their way
         for now, ahead in self._pairs():
             now.take(ahead)
         with _when(turn + 1 < count):
@@ -277,20 +280,16 @@ class FragmentProgram:
             pairs.append((self.scales, self.next_scales))
         if self.config.with_zeros and self.per_group:
             pairs.append((self.zeros, self.next_zeros))
-        if not self.tiling.stages:
-            pairs.append((self.activations, self.next_activations))
         return pairs
 
     # -- loading -----------------------------------------------------------------------------------------------------------
 
     def _load(self, step: Expr) -> None:
-        """Ask for the weights of a step, for what scales them, and for the activations where each warp reads its own."""
+        """Ask for the weights of a step, and for what scales them."""
         for n_tile in range(self.tiling.n_tiles):
             self._load_words(step, n_tile)
         if self.per_group:
             self._load_groups(step)
-        if not self.tiling.stages:
-            self._load_activations(step)
 
     def _load_groups(self, step: Expr) -> None:
         """What belongs to a group of a row of weights: for the next step, or once for all."""
@@ -357,7 +356,7 @@ class FragmentProgram:
                 for half_block in range(2 * self.blocks_per_step):
                     k = step * self.tiling.block_k + half_block * 32 + self.quarter * 8
                     at = (m_tile * 2 * self.blocks_per_step + half_block) * self.raw
-                    _run(f"load_{4 * self.raw}", self.next_activations.at(at), B.address_of(self.A[row, k]))
+                    _run(f"load_{4 * self.raw}", self.activations.at(at), B.address_of(self.A[row, k]))
 
     def _copy(self, step: Expr, stage: Expr | int) -> None:
         """Ask for the activations of a step, for all warps; rows beyond m are 0."""

@@ -12,6 +12,8 @@ from ..rule import Tiling
 
 #: Rows of activations that one product takes.
 FRAGMENT_M = 8
+#: Threads of a multiprocessor that wait for weights at once, where nothing else is to be done.
+_WAITING_THREADS = 512
 #: Bytes of shared memory that a cycle serves: all of its banks.
 _BANKS_BYTES = 128
 
@@ -47,6 +49,11 @@ class FragmentTiling(Tiling):
     def num_threads(self) -> int:
         """Threads of a block."""
         return WARP * self.warps_n * self.warps_k
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks that a multiprocessor should be able to run at once: the fewer the more registers a thread may take."""
+        return 1 if self.stages else max(1, _WAITING_THREADS // self.num_threads)
 
     @property
     def m_tiles(self) -> int:
