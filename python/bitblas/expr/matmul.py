@@ -11,8 +11,9 @@ from tvm.ir import Expr
 
 from ..config import MatmulConfig
 from ..formats import parse_format
-from ..layout import LANES, QUAD, UNIT, PackedLayout
+from ..layout import LANES, QUAD, PackedLayout
 from .absmax import absmax_bits
+from .codes import fragment_code, join_bytes, lane_code, row_code, stream_code
 from .decode import decode
 from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
@@ -142,22 +143,29 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     accumulated = _accumulate(expr, rows, _Sums(partial, row_sum, steps, scale, zero, group_scale))
 
     def epilogue(i: Expr, n: Expr) -> Expr:
-        value, dtype = accumulated[i, n], cfg.sum_dtype
-        factor = None if column_scale is None else column_scale[0, n].astype(cfg.scaling_dtype)
-        if row_scale is not None:
-            factor = _times(factor, row_scale[i, 0])
-        if factor is not None:
-            dtype = cfg.scaling_dtype
-            value = value.astype(dtype) * factor
-        if bias is not None:
-            if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
-                dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
-            value = value.astype(dtype) + bias[n].astype(dtype)
-        return _store_as(value, dtype, cfg.out_dtype)
+        factor = None if column_scale is None else column_scale[0, n]
+        row_factor = None if row_scale is None else row_scale[i, 0]
+        return finish(cfg, accumulated[i, n], factor, row_factor, None if bias is None else bias[n])
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
     return func.with_attr({"global_symbol": name})
+
+
+def finish(cfg: MatmulConfig, value: Expr, scale: Expr | None, row_scale: Expr | None, bias: Expr | None) -> Expr:
+    """An element of the output, of the sum of its products: with what scales its whole column and row, and its bias."""
+    dtype = cfg.sum_dtype
+    factor = None if scale is None else scale.astype(cfg.scaling_dtype)
+    if row_scale is not None:
+        factor = _times(factor, row_scale)
+    if factor is not None:
+        dtype = cfg.scaling_dtype
+        value = value.astype(dtype) * factor
+    if bias is not None:
+        if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
+            dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
+        value = value.astype(dtype) + bias.astype(dtype)
+    return _store_as(value, dtype, cfg.out_dtype)
 
 
 def _times(factor: Expr | None, other: Expr) -> Expr:
@@ -264,14 +272,22 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     if layout.name == "packed":
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n),
-            lambda k, n: _row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
+            lambda k, n: row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
+            name="unpack",
+        )
+    elif layout.is_fragments:
+        unpacked = te.compute(
+            (expr.padded_k, expr.padded_n),
+            lambda k, n: fragment_code(
+                layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k
+            ),
             name="unpack",
         )
     else:
         words = [_words(expr, W, index) for index in range(len(layout.planes))]
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n),
-            lambda k, n: _lane_code(layout, words, expr.whole_words, n, k),
+            lambda k, n: lane_code(layout, words, expr.whole_words, n, k),
             name="unpack",
         )
     return te.compute((expr.padded_k, expr.padded_n), lambda k, n: decode(fmt, unpacked[k, n]), name="decode")
@@ -297,47 +313,6 @@ def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
 
     words_along_k = expr.padded_k // (plane.codes_per_word if expr.whole_words else 1)
     return te.compute((words_along_k, expr.padded_n), word, name=f"words{index}")
-
-
-def join_bytes(parts: list[Expr]) -> Expr:
-    """The int32 made of little-endian int8 `parts`; unsigned below four bytes."""
-    word: Expr | None = None
-    for j, part in enumerate(parts):
-        wide = tirx.bitwise_and(part.astype("int32"), tirx.const(255, "int32"))
-        wide = tirx.shift_left(wide, tirx.const(8 * j, "int32")) if j else wide
-        word = wide if word is None else tirx.bitwise_or(word, wide)
-    return word
-
-
-def _lane_code(layout: PackedLayout, words: list[te.Tensor], whole_words: bool, n: Expr, k: Expr) -> Expr:
-    """The code of (n, k) in its lowest bits; the top plane is not masked, `decode` does that."""
-    code: Expr | None = None
-    for plane, word in zip(layout.planes, words, strict=True):
-        if plane.width >= 8:
-            return word[k, n]
-        part = tirx.shift_right(word[k // UNIT if whole_words else k, n], k % UNIT * plane.width)
-        if plane is not layout.planes[-1] and plane.low_bit + plane.width < layout.bits:
-            part = tirx.bitwise_and(part, tirx.const((1 << plane.width) - 1, "int32"))
-        part = tirx.shift_left(part, tirx.const(plane.low_bit, "int32")) if plane.low_bit else part
-        code = part if code is None else tirx.bitwise_or(code, part)
-    return code
-
-
-def _row_code(layout: PackedLayout, W: te.Tensor, n: Expr, k: Expr) -> Expr:
-    """The code of (n, k) of a row-wise bit stream."""
-    if layout.bits >= 8:
-        step = layout.bits // 8
-        return join_bytes([W[n * layout.row_bytes + k * step + j] for j in range(step)])
-    return stream_code(W, n * layout.row_bytes, k, layout.bits, layout.num_bytes)
-
-
-def stream_code(stream: te.Tensor, first: Expr, index: Expr, bits: int, size: int) -> Expr:
-    """Code number `index` of the bit stream that begins at byte `first`; bits above the code may hold anything."""
-    byte, shift = first + index * bits // 8, index * bits % 8
-    parts = [stream[byte]]
-    if 8 % bits:
-        parts.append(stream[te.min(byte + 1, size - 1)])
-    return tirx.shift_right(join_bytes(parts), shift)
 
 
 def _column(expr: MatmulExpr, n: Expr) -> Expr:

@@ -9,13 +9,17 @@ from ...config import MatmulConfig
 from ...layout import PackedLayout
 from ...target import Target
 from ..rule import Problem, ScheduleRule, Tiling
+from .fragments import FragmentGemvRule, FragmentRule, declines_fragments, fragment_layout
+from .tiles import FragmentTiling
 
-CUDA_RULES: tuple[ScheduleRule[Any], ...] = ()
-CUDA_TILINGS: tuple[type[Tiling], ...] = ()
+CUDA_RULES: tuple[ScheduleRule[Any], ...] = (FragmentGemvRule(), FragmentRule())
+CUDA_TILINGS: tuple[type[Tiling], ...] = (FragmentTiling,)
 
 
 def cuda_layout(config: MatmulConfig, target: Target) -> PackedLayout:
     """The layout of the weights that the kernels of `config` on a card read, all buckets alike."""
+    if declines_fragments(config, target) is None:
+        return fragment_layout(config)
     return PackedLayout(config.N, config.K, config.format.bits, "packed")
 
 
