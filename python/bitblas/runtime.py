@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,11 @@ import tvm_ffi
 
 from .config import MatmulConfig
 from .cuda.compile import load_cubin
+from .cuda.dense import DenseMatmul
 from .cuda.workspaces import workspaces
 from .plan import KernelPlan, MatmulPlan
 from .schedule import Tiling
+from .schedule.cuda.dense import DenseTiling, is_dense
 
 if TYPE_CHECKING:
     import tvm
@@ -49,6 +52,15 @@ class Kernels:
         found = {name: dress(name, module[name]) for _, name, _ in buckets}  # type: ignore[index]
         self._functions: list[tuple[Callable[..., None], int]] = [(found[name], slab) for _, name, slab in buckets]
         self._last = len(buckets) - 1
+
+    def keep_dense(self) -> Kernels:
+        """The same kernels, of which those that decode all weights keep the result."""
+        kept = copy(self)
+        kept._functions = [
+            (function.keeping() if isinstance(function, DenseMatmul) else function, slab)
+            for function, slab in self._functions
+        ]
+        return kept
 
     def launch(self, m: int, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Compute `out` (m, N) from A (m, K), the first of `operands`; all contiguous, and checked before.
@@ -125,6 +137,8 @@ def _kernels(module: object, plan: MatmulPlan) -> Kernels:
 
     def dress(name: str, function: Callable[..., None]) -> Callable[..., None]:
         tiling = kernels[name].tiling
+        if isinstance(tiling, DenseTiling):
+            return DenseMatmul(None if is_dense(plan.config) else function, plan.config)
         return _WithWorkspace(function, tiling, plan.config) if any(tiling.workspace(plan.config, 1)) else function
 
     return Kernels(module, [(m, name, slabs[name]) for m, name in plan.buckets], dress)

@@ -9,11 +9,12 @@ from ...config import MatmulConfig
 from ...layout import PackedLayout
 from ...target import Target
 from ..rule import Problem, ScheduleRule, Tiling
+from .dense import DenseRule, DenseTiling
 from .fragments import FragmentGemvRule, FragmentRule, declines_fragments, fragment_layout
 from .tiles import FragmentTiling
 
-CUDA_RULES: tuple[ScheduleRule[Any], ...] = (FragmentGemvRule(), FragmentRule())
-CUDA_TILINGS: tuple[type[Tiling], ...] = (FragmentTiling,)
+CUDA_RULES: tuple[ScheduleRule[Any], ...] = (DenseRule(), FragmentGemvRule(), FragmentRule())
+CUDA_TILINGS: tuple[type[Tiling], ...] = (DenseTiling, FragmentTiling)
 
 
 def cuda_layout(config: MatmulConfig, target: Target) -> PackedLayout:
