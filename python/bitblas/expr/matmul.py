@@ -18,6 +18,8 @@ from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
+from .streams import WORD_BYTES, join_bytes, stream_code, stream_words, word_code
+from .threads import thread_decoder
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class MatmulExpr:
     split_k : int
         Parts of the chunks that are summed by themselves: accumulate[s, i, n] and its copy part[s, i, n], which threads can
         share out; join[i, n] sums them.
+    threads : bool
+        Whether each number is computed by a thread of its own, instead of by a lane: reductions of a row are not cut into
+        sixteen lanes, `lane_multiple` counts columns, A is copied as it is (`held`), words of a row-wise bit stream
+        are loaded whole (`words`), codebooks are tables (`codebook`), and rounding is the target's own.
     """
 
     config: MatmulConfig
@@ -82,6 +88,7 @@ class MatmulExpr:
     dot: str = ""
     slices: int = 0
     split_k: int = 1
+    threads: bool = False
 
     @property
     def sums_integers(self) -> bool:
@@ -101,7 +108,13 @@ class MatmulExpr:
     @property
     def padded_n(self) -> int:
         """N, rounded up to whole tiles."""
-        return _round_up(self.config.N, LANES * self.lane_multiple)
+        return _round_up(self.config.N, self.lane_multiple if self.threads else LANES * self.lane_multiple)
+
+    @property
+    def streams_words(self) -> bool:
+        """Whether threads read a row-wise bit stream in words of 32 bits: rows and chunks begin and end with them."""
+        packed = self.threads and self.layout.name == "packed" and self.padded_k == self.config.K
+        return packed and self.layout.K * self.layout.bits % 32 == 0 and self.chunk * self.layout.bits % 32 == 0
 
 
 def _round_up(value: Any, multiple: int) -> Any:
@@ -122,8 +135,8 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     arguments = [A, W]
 
-    quantized = quantizer(cfg, A, rows) if cfg.activation_groups else None
-    given = _given(expr, A, quantized)
+    quantized = quantizer(cfg, A, rows, expr.threads) if cfg.activation_groups else None
+    given = _given(expr, A, quantized, rows)
     steps, activation = _sliced(expr, given, rows) if expr.slices else (None, _activation(expr, given, rows))
     multiply = _pair_products if expr.dot == "bf16" else _dots if expr.dot else _products
     partial = multiply(expr, W, activation, rows)
@@ -164,21 +177,37 @@ def _times(factor: Expr | None, other: Expr) -> Expr:
     return other if factor is None else factor * other
 
 
-def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None) -> Callable[[Expr, Expr], Expr]:
+def _given(
+    expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None, rows: Expr
+) -> Callable[[Expr, Expr], Expr]:
     """Elements of A: float32, or int8 where they are; rows beyond M repeat the last, k beyond K are 0."""
     cfg, dtype = expr.config, "int8" if expr.sums_integers and not expr.slices else "float32"
     fmt = parse_format(cfg.A_dtype)
 
-    def value(i: Expr, k: Expr) -> Expr:
-        element = A[te.min(i, A.shape[0] - 1), k]
+    def element(i: Expr, k: Expr) -> Expr:
+        return A[te.min(i, A.shape[0] - 1), k]
+
+    def convert(found: Expr, i: Expr, k: Expr) -> Expr:
         if quantized is not None:
-            return quantized.quantize(element.astype("float32"), i, k).astype(dtype)
-        return decode(fmt, element.astype("int32")) if fmt.kind == "float8" else element.astype(dtype)
+            return quantized.quantize(found.astype("float32"), i, k).astype(dtype)
+        return decode(fmt, found.astype("int32")) if fmt.kind == "float8" else found.astype(dtype)
+
+    def value(i: Expr, k: Expr) -> Expr:
+        return convert(element(i, k), i, k)
 
     def padded(i: Expr, k: Expr) -> Expr:
         return tirx.Select(k < cfg.K, value(i, te.min(k, cfg.K - 1)), tirx.const(0, dtype))
 
-    return value if expr.padded_k == cfg.K else padded
+    if not expr.threads:
+        return value if expr.padded_k == cfg.K else padded
+
+    def copied(i: Expr, k: Expr) -> Expr:
+        if expr.padded_k == cfg.K:
+            return element(i, k)
+        return tirx.Select(k < cfg.K, element(i, te.min(k, cfg.K - 1)), tirx.const(0, A.dtype))
+
+    held = te.compute((rows, expr.padded_k), copied, name="held")
+    return lambda i, k: convert(held[i, k], i, k)
 
 
 def _activation(expr: MatmulExpr, given: Callable[[Expr, Expr], Expr], rows: Expr) -> te.Tensor:
@@ -261,7 +290,12 @@ def _row_shape(expr: MatmulExpr, rows: Expr) -> tuple[Any, ...]:
 def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     """Blocks words*, unpack, decode: (K, padded N) float32."""
     cfg, layout, fmt = expr.config, expr.layout, expr.config.format
-    if layout.name == "packed":
+    if expr.streams_words:
+        stream = stream_words(W, (expr.padded_n, layout.row_bytes // WORD_BYTES), lambda n: _column(expr, n))
+        unpacked = te.compute(
+            (expr.padded_k, expr.padded_n), lambda k, n: word_code(stream, n, k, layout.bits), name="unpack"
+        )
+    elif layout.name == "packed":
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n),
             lambda k, n: _row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
@@ -274,7 +308,8 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
             lambda k, n: _lane_code(layout, words, expr.whole_words, n, k),
             name="unpack",
         )
-    return te.compute((expr.padded_k, expr.padded_n), lambda k, n: decode(fmt, unpacked[k, n]), name="decode")
+    decoder = thread_decoder(fmt) if expr.threads else lambda code: decode(fmt, code)
+    return te.compute((expr.padded_k, expr.padded_n), lambda k, n: decoder(unpacked[k, n]), name="decode")
 
 
 def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
@@ -299,16 +334,6 @@ def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
     return te.compute((words_along_k, expr.padded_n), word, name=f"words{index}")
 
 
-def join_bytes(parts: list[Expr]) -> Expr:
-    """The int32 made of little-endian int8 `parts`; unsigned below four bytes."""
-    word: Expr | None = None
-    for j, part in enumerate(parts):
-        wide = tirx.bitwise_and(part.astype("int32"), tirx.const(255, "int32"))
-        wide = tirx.shift_left(wide, tirx.const(8 * j, "int32")) if j else wide
-        word = wide if word is None else tirx.bitwise_or(word, wide)
-    return word
-
-
 def _lane_code(layout: PackedLayout, words: list[te.Tensor], whole_words: bool, n: Expr, k: Expr) -> Expr:
     """The code of (n, k) in its lowest bits; the top plane is not masked, `decode` does that."""
     code: Expr | None = None
@@ -329,15 +354,6 @@ def _row_code(layout: PackedLayout, W: te.Tensor, n: Expr, k: Expr) -> Expr:
         step = layout.bits // 8
         return join_bytes([W[n * layout.row_bytes + k * step + j] for j in range(step)])
     return stream_code(W, n * layout.row_bytes, k, layout.bits, layout.num_bytes)
-
-
-def stream_code(stream: te.Tensor, first: Expr, index: Expr, bits: int, size: int) -> Expr:
-    """Code number `index` of the bit stream that begins at byte `first`; bits above the code may hold anything."""
-    byte, shift = first + index * bits // 8, index * bits % 8
-    parts = [stream[byte]]
-    if 8 % bits:
-        parts.append(stream[te.min(byte + 1, size - 1)])
-    return tirx.shift_right(join_bytes(parts), shift)
 
 
 def _column(expr: MatmulExpr, n: Expr) -> Expr:
@@ -376,7 +392,7 @@ def _row_sum(expr: MatmulExpr, activation: Callable[..., Expr], rows: Expr) -> t
     """Σ of a chunk of a row; over 16 lanes first, where it divides, because a float sum may not be reordered later."""
     chunk, chunks = expr.chunk, expr.padded_k // expr.chunk
     dtype, shape = "int32" if expr.sums_integers else "float32", _row_shape(expr, rows)
-    if chunk % LANES:
+    if chunk % LANES or expr.threads:
         k = te.reduce_axis((0, chunk), name="k")
         return te.compute(
             (*shape, chunks),

@@ -9,9 +9,10 @@ from ...config import MatmulConfig
 from ...layout import PackedLayout
 from ...target import Target
 from ..rule import Problem, ScheduleRule, Tiling
+from .threads import ThreadGemvRule, ThreadRule, ThreadTiling
 
-CUDA_RULES: tuple[ScheduleRule[Any], ...] = ()
-CUDA_TILINGS: tuple[type[Tiling], ...] = ()
+CUDA_RULES: tuple[ScheduleRule[Any], ...] = (ThreadGemvRule(), ThreadRule())
+CUDA_TILINGS: tuple[type[Tiling], ...] = (ThreadTiling,)
 
 
 def cuda_layout(config: MatmulConfig, target: Target) -> PackedLayout:
@@ -24,4 +25,4 @@ def rank_on_cuda(problem: Problem, tilings: Sequence[Tiling]) -> list[Tiling]:
     return list(tilings)
 
 
-__all__ = ["CUDA_RULES", "CUDA_TILINGS", "cuda_layout", "rank_on_cuda"]
+__all__ = ["CUDA_RULES", "CUDA_TILINGS", "ThreadTiling", "cuda_layout", "rank_on_cuda"]
