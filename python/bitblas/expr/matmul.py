@@ -18,7 +18,7 @@ from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
-from .streams import WORD_BYTES, join_bytes, stream_code, stream_words, word_code
+from .streams import WORD_BYTES, join_bytes, period, stream_code, stream_words, word_code
 from .threads import thread_decoder
 
 
@@ -114,7 +114,7 @@ class MatmulExpr:
     def streams_words(self) -> bool:
         """Whether threads read a row-wise bit stream in words of 32 bits: rows and chunks begin and end with them."""
         packed = self.threads and self.layout.name == "packed" and self.padded_k == self.config.K
-        return packed and self.layout.K * self.layout.bits % 32 == 0 and self.chunk * self.layout.bits % 32 == 0
+        return packed and self.config.K % period(self.layout.bits) == 0 and self.chunk % period(self.layout.bits) == 0
 
 
 def _round_up(value: Any, multiple: int) -> Any:
@@ -124,8 +124,8 @@ def _round_up(value: Any, multiple: int) -> Any:
 def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     """Build the function (A, W, [scale], [zeros], [bias], out).
 
-    Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,); scale (N, K/g) and zeros
-    (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N)
+    Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,), or the same as int32 where
+    `streams_words`; scale (N, K/g) and zeros (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N)
     out_dtype.
     """
     cfg = expr.config
@@ -133,6 +133,8 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     rows = _round_up(m, expr.row_multiple)
     A = te.placeholder((m, cfg.K), cfg.activation_dtype, name="A")
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
+    if expr.streams_words:  # the same bytes: a compiled operator does not look at dtypes
+        W = te.placeholder((expr.layout.num_bytes // WORD_BYTES,), "int32", name="W")
     arguments = [A, W]
 
     quantized = quantizer(cfg, A, rows, expr.threads) if cfg.activation_groups else None
@@ -291,7 +293,7 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     """Blocks words*, unpack, decode: (K, padded N) float32."""
     cfg, layout, fmt = expr.config, expr.layout, expr.config.format
     if expr.streams_words:
-        stream = stream_words(W, (expr.padded_n, layout.row_bytes // WORD_BYTES), lambda n: _column(expr, n))
+        stream = stream_words(W, expr.padded_n, layout.row_bytes // WORD_BYTES, layout.bits, lambda n: _column(expr, n))
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n), lambda k, n: word_code(stream, n, k, layout.bits), name="unpack"
         )

@@ -71,10 +71,10 @@ def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any, threads: bool = Fal
     def value(i: Expr, k: Expr) -> Expr:
         return A[te.min(i, A.shape[0] - 1), k].astype("float32")
 
-    bits = absmax_bits(value, rows, groups, group, lanes_first=not threads)
+    bits = absmax_bits(value, rows, groups, group, threads)
 
     def at_least(i: Expr, g: Expr) -> Expr:
-        return tirx.reinterpret("float32", te.max(bits[i, g], tirx.const(_bits(_LEAST), "int32")))
+        return tirx.reinterpret("float32", te.max(bits[i, g], tirx.const(_bits(_LEAST), bits.dtype)))
 
     def scale(i: Expr, g: Expr) -> Expr:
         # by way of its bits: a division by a constant would be turned into a product, which rounds otherwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from tvm import te, tirx
@@ -29,29 +30,41 @@ def stream_code(stream: te.Tensor, first: Expr, index: Expr, bits: int, size: in
     return tirx.shift_right(join_bytes(parts), shift)
 
 
-def stream_words(stream: te.Tensor, shape: tuple[int, int], column: Callable[[Expr], Expr]) -> te.Tensor:
-    """Block words: int32 words (n, words of a row) of rows that are whole words; `column` is the row that n stands for."""
-    row_bytes = shape[1] * WORD_BYTES
+def stream_words(stream: te.Tensor, rows: int, row_words: int, bits: int, column: Callable[[Expr], Expr]) -> te.Tensor:
+    """Block words: int32 words of rows that are whole words, (n, words) or, where codes straddle words, (n, periods, words).
 
-    def word(n: Expr, w: Expr) -> Expr:
-        return join_bytes([stream[column(n) * row_bytes + w * WORD_BYTES + j] for j in range(WORD_BYTES)])
+    A period is as many codes as are whole words; `column` gives the row of the stream that n stands for.
+    """
+    per_period = period_words(bits)
 
-    return te.compute(shape, word, name="words")
+    def word(n: Expr, *at: Expr) -> Expr:
+        return stream[column(n) * row_words + (at[0] if len(at) == 1 else at[0] * per_period + at[1])]
+
+    shape = (row_words,) if per_period == 1 else (row_words // per_period, per_period)
+    return te.compute((rows, *shape), word, name="words")
+
+
+def period(bits: int) -> int:
+    """Fewest consecutive codes of a stream that are whole words."""
+    return 32 // math.gcd(32, bits)
+
+
+def period_words(bits: int) -> int:
+    """The words of a period."""
+    return bits * period(bits) // 32
 
 
 def word_code(words: te.Tensor, n: Expr, k: Expr, bits: int) -> Expr:
     """Code k of row n, in the lowest bits of an int32; bits above a code of less than 8 bits may hold anything."""
-    first = words[n, k * bits // 32]
+    whole, bit = k // period(bits), k % period(bits) * bits
     if bits == 32:
-        return first
-    shift = k * bits % 32
-    code = tirx.shift_right(first, shift)
-    if bits in (8, 16):
-        return tirx.bitwise_and(code, tirx.const((1 << bits) - 1, "int32"))
-    if 32 % bits == 0:
-        return code
+        return words[n, whole]
+    if period_words(bits) == 1:
+        code = tirx.shift_right(words[n, whole], bit)
+        return tirx.bitwise_and(code, tirx.const((1 << bits) - 1, "int32")) if bits >= 8 else code
     # a code may end in the next word, which is shifted in two steps: by 32 at once would not be defined
-    one, left = tirx.const(1, "int32"), 31 - shift
+    one, left = tirx.const(1, "int32"), 31 - bit % 32
+    code = tirx.shift_right(words[n, whole, bit // 32], bit % 32)
     begin = tirx.bitwise_and(code, tirx.shift_left(tirx.const(2, "int32"), left) - one)
-    end = tirx.shift_left(tirx.shift_left(words[n, (k * bits + bits - 1) // 32], one), left)
-    return tirx.Select(shift + bits > 32, tirx.bitwise_or(begin, end), code)
+    end = tirx.shift_left(tirx.shift_left(words[n, whole, (bit + bits - 1) // 32], one), left)
+    return tirx.Select(bit % 32 + bits > 32, tirx.bitwise_or(begin, end), code)

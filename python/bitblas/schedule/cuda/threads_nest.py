@@ -9,10 +9,10 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ...config import MatmulConfig
+from ...expr.streams import WORD_BYTES, period, period_words
 from ...formats import FORMATS
 from ..rule import Problem
-from .threads import ThreadTiling, word_unit
-from .threads_intrinsics import load_words
+from .threads import ThreadTiling
 
 #: Bytes that one load takes at most.
 _LOAD_BYTES = 16
@@ -20,7 +20,10 @@ _LOAD_BYTES = 16
 #: Shared memory for what activations are quantized with, beside the tiles: together less than 48 KB, which every card has.
 _SCALE_BYTES = 16 << 10
 
-_LANES, _ROWS, _BLOCKS = "threadIdx.x", "threadIdx.y", "blockIdx.x"
+#: A power of two of blocks that a grid may have in its second dimension.
+_MOST_BLOCKS = 1 << 15
+
+_LANES, _ROWS = "threadIdx.x", "threadIdx.y"
 
 
 def schedule_lanes(func: tirx.PrimFunc, problem: Problem, tiling: ThreadTiling) -> Schedule:
@@ -78,6 +81,16 @@ class _Nest:
 
     # -- steps that both take ----------------------------------------------------------------------------------------------
 
+    def block_of(self, columns: LoopRV, rows: LoopRV) -> LoopRV:
+        """Bind the loops over tiles, of which the one over rows is the inner; blocks that read the same weights follow each
+        other. Returns the inner."""
+        sch = self.sch
+        far, near = sch.split(columns, [None, min(_MOST_BLOCKS, int(sch.get(columns).extent))])
+        sch.annotate(far, "pragma_unroll_explicit", 0)
+        for loop, name in ((far, "blockIdx.z"), (near, "blockIdx.y"), (rows, "blockIdx.x")):
+            sch.bind(loop, name)
+        return rows
+
     def inline(self, *names: str) -> None:
         """Inline the blocks that there are."""
         for name in names:
@@ -104,11 +117,30 @@ class _Nest:
 
     def share(self, loops: list[LoopRV]) -> LoopRV:
         """Share out loops among all threads of a block; returns the thread's loop."""
-        sch, tiling = self.sch, self.tiling
         rows, lanes = self.thread_extents
-        loop = sch.fuse(*loops) if len(loops) > 1 else loops[0]
-        turn, y, x = sch.split(loop, [None, rows, lanes])
-        del turn, tiling
+        loop = self.sch.fuse(*loops) if len(loops) > 1 else loops[0]
+        _, y, x = self.sch.split(loop, [None, rows, lanes])
+        self.sch.bind(y, _ROWS)
+        self.sch.bind(x, _LANES)
+        return x
+
+    def share_rows(self, row: LoopRV, other: LoopRV) -> LoopRV:
+        """Share out a loop over rows and one in it; returns the thread's loop.
+
+        What is left over must not be rows, of which there are as many as a call has: TVM could not bound a buffer's size.
+        """
+        sch = self.sch
+        rows, lanes = self.thread_extents
+        extents = [int(sch.get(loop).extent) for loop in (row, other)]
+        if extents[0] * extents[1] % (rows * lanes) == 0:
+            return self.share([row, other])
+        if extents[1] == 1:
+            return self.share([row])
+        if extents[0] % rows:
+            return self.share([other])
+        _, y = sch.split(row, [None, rows])
+        outer, x = sch.split(other, [None, lanes])
+        sch.reorder(y, outer, x)
         sch.bind(y, _ROWS)
         sch.bind(x, _LANES)
         return x
@@ -140,11 +172,10 @@ class _Nest:
             return
         bits = self.problem.layout.bits
         words = self.place("words", place, "local")
-        width = math.gcd(per_thread * bits // 32, self.config.K * bits // 32, _LOAD_BYTES // 4)
-        vector = self.sch.split(self.loops(words, place)[-1], [None, width])[1]
-        for loop in self.loops(words, place)[:-1]:
-            self.sch.unroll(loop)
-        self.sch.tensorize(vector, load_words(width))
+        width = math.gcd(per_thread * bits // 32, self.config.K * bits // 32, _LOAD_BYTES // WORD_BYTES)
+        if period_words(bits) == 1 and width > 1:
+            self.sch.vectorize(self.sch.split(self.loops(words, place)[-1], [None, width])[1])
+        self.unroll(words, place)
 
     # -- quantized activations ---------------------------------------------------------------------------------------------
 
@@ -155,14 +186,14 @@ class _Nest:
         if not groups:
             return
         whole = 3 * 4 * self.tiling.block_m * groups <= _SCALE_BYTES
-        place, names = (block if whole else chunk), ("activation_scale", "inverse")
-        for name in names:
-            found = self.place(name, place, "shared" if whole else self.chunk_scope)
-            if whole or self.chunk_scope == "shared":
-                self.share(self.loops(found, place))
-        absmax = self.place("absmax", place, "shared" if whole else self.chunk_scope)
-        if whole or self.chunk_scope == "shared":
-            self.share_maxima(self.loops(absmax, place))
+        place, scope = (block, "shared") if whole else (chunk, self.chunk_scope)
+        scales = [self.place(name, place, scope) for name in ("activation_scale", "inverse")]
+        absmax = self.place("absmax", place, scope)
+        if scope == "local":
+            return
+        for found in scales:
+            self.share_rows(*self.loops(found, place))
+        self.share_maxima(self.loops(absmax, place))
 
     #: Where a chunk's scales lie.
     chunk_scope = "shared"
@@ -188,10 +219,8 @@ class _LaneNest(_Nest):
         row, n = sch.get_loops(sch.get_sblock("epilogue"))
         rows, row = sch.split(row, [None, tiling.block_m])
         columns, thread, column = sch.split(n, [None, tiling.threads_n, tiling.thread_n])
-        sch.reorder(rows, columns, thread, row, column)
-        block = sch.fuse(rows, columns)
-        sch.annotate(block, "pragma_unroll_explicit", 0)
-        sch.bind(block, _BLOCKS)
+        sch.reorder(columns, rows, thread, row, column)
+        block = self.block_of(columns, rows)
         sch.bind(thread, _ROWS)
         sch.unroll(row)
         sch.unroll(column)
@@ -214,8 +243,8 @@ class _LaneNest(_Nest):
         sch.set_scope(partial, 0, "local")
         loops = sch.get_loops(total)
         sch.bind(loops[-1], _LANES)
-        sch.compute_at(partial, loops[1], preserve_unit_loops=True)
-        lane, row, column, turn = self.loops(partial, loops[1])
+        sch.compute_at(partial, loops[3], preserve_unit_loops=True)
+        lane, row, column, turn = self.loops(partial, loops[3])
         sch.reorder(lane, turn, row, column)
         sch.bind(lane, _LANES)
         sch.unroll(row)
@@ -251,7 +280,7 @@ class _LaneNest(_Nest):
             _, y, x = sch.split(k, [None, threads, lanes])
         else:
             _, x = sch.split(k, [None, lanes])
-            _, y = sch.split(sch.fuse(*which), [None, threads])
+            _, y = sch.split(which[-1], [None, threads])
         sch.bind(y, _ROWS)
         sch.bind(x, _LANES)
 
@@ -270,10 +299,8 @@ class _TileNest(_Nest):
         row, n = sch.get_loops(sch.get_sblock("epilogue"))
         rows, y, row = sch.split(row, [None, tiling.threads_m, tiling.thread_m])
         columns, x, column = sch.split(n, [None, tiling.threads_n, tiling.thread_n])
-        sch.reorder(rows, columns, y, x, row, column)
-        block = sch.fuse(rows, columns)
-        sch.annotate(block, "pragma_unroll_explicit", 0)
-        sch.bind(block, _BLOCKS)
+        sch.reorder(columns, rows, y, x, row, column)
+        block = self.block_of(columns, rows)
         sch.bind(y, _ROWS)
         sch.bind(x, _LANES)
         sch.unroll(row)
@@ -293,9 +320,10 @@ class _TileNest(_Nest):
             self.unroll(row_sum, chunk)
             sch.decompose_reduction(row_sum, self.loops(row_sum, chunk)[0])
         self.tile_of_weights(chunk)
-        self.tile_of_activations(chunk)
-        self.codebook(block)
+        activation = self.place("activation", chunk, "shared")
         self.quantization(block, chunk)
+        self.tile_of_activations(activation, chunk)
+        self.codebook(block)
         sch.decompose_reduction(matmul, first)
         init = sch.decompose_reduction(total, chunk)
         self.unroll(init, x)
@@ -305,7 +333,7 @@ class _TileNest(_Nest):
         sch, tiling = self.sch, self.tiling
         decode = self.place("decode", chunk, "shared")
         k, n = self.loops(decode, chunk)
-        unit = word_unit(self.problem.layout.bits) if "words" in self.names else 1
+        unit = period(self.problem.layout.bits) if "words" in self.names else 1
         wanted = self.chunk * tiling.block_n // tiling.num_threads
         codes = min((size for size in self._divisors(self.chunk) if size % unit == 0), key=lambda size: abs(size - wanted))
         parts, code = sch.split(k, [None, codes])
@@ -314,15 +342,14 @@ class _TileNest(_Nest):
         sch.unroll(code)
         self.load_words(place, codes)
 
-    def tile_of_activations(self, chunk: LoopRV) -> None:
+    def tile_of_activations(self, activation: SBlockRV, chunk: LoopRV) -> None:
         """Convert a tile of activations: each thread takes some consecutive k of a row; rows begin in different banks."""
         sch, tiling = self.sch, self.tiling
-        activation = self.place("activation", chunk, "shared")
         row, k = self.loops(activation, chunk)
         size = FORMATS[self.config.activation_dtype].bits // 8
         wanted = max(1, min(_LOAD_BYTES // size, self.chunk * tiling.block_m // tiling.num_threads))
         parts, element = sch.split(k, [None, math.gcd(self.chunk, 1 << (wanted.bit_length() - 1))])
-        place = self.share([row, parts])
+        place = self.share_rows(row, parts)
         sch.unroll(element)
         sch.storage_align(activation, 0, axis=0, factor=32, offset=4)
         self.unroll(self.load_activations(place, int(sch.get(element).extent)), place)
