@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for `import reference` and `import emulator`
 
 _MADE_STORE = pytest.StashKey[Path]()
 
