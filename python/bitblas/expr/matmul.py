@@ -13,7 +13,7 @@ from ..config import MatmulConfig
 from ..formats import parse_format
 from ..layout import LANES, QUAD, UNIT, PackedLayout
 from .absmax import absmax_bits
-from .decode import decode
+from .decode import decode, decode_float8
 from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
@@ -74,6 +74,8 @@ class MatmulExpr:
     split_k : int
         Parts of the chunks that are summed by themselves: accumulate[s, i, n] and its copy part[s, i, n], which threads can
         share out; join[i, n] sums them.
+    chunk_multiple : int
+        Chunks are counted in multiples of this: those beyond the last repeat it, and add nothing.
     threads : bool
         Whether each number is computed by a thread of its own, instead of by a lane: reductions of a row are not cut into
         sixteen lanes, `lane_multiple` counts columns, A is copied as it is (`held`), words of a row-wise bit stream
@@ -88,6 +90,7 @@ class MatmulExpr:
     dot: str = ""
     slices: int = 0
     split_k: int = 1
+    chunk_multiple: int = 1
     threads: bool = False
 
     @property
@@ -168,7 +171,7 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
             if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
                 dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
             value = value.astype(dtype) + bias[n].astype(dtype)
-        return _store_as(value, dtype, cfg.out_dtype)
+        return _store_as(value, dtype, cfg.out_dtype, expr.threads)
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
@@ -192,7 +195,7 @@ def _given(
     def convert(found: Expr, i: Expr, k: Expr) -> Expr:
         if quantized is not None:
             return quantized.quantize(found.astype("float32"), i, k).astype(dtype)
-        return decode(fmt, found.astype("int32")) if fmt.kind == "float8" else found.astype(dtype)
+        return decode_float8(fmt, found.astype("int32"), expr.threads) if fmt.kind == "float8" else found.astype(dtype)
 
     def value(i: Expr, k: Expr) -> Expr:
         return convert(element(i, k), i, k)
@@ -429,7 +432,8 @@ def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
     groups = cfg.num_groups if cfg.is_grouped else 1
     chunks_per_group = expr.padded_k // groups // expr.chunk
     chunks = expr.padded_k // expr.chunk // expr.split_k
-    axis = te.reduce_axis((0, chunks), name="c")
+    padded_chunks = _round_up(chunks, expr.chunk_multiple)
+    axis = te.reduce_axis((0, padded_chunks), name="c")
     dtype = cfg.sum_dtype
     total = _row_total(expr, rows, sums) if expr.slices and zero is not None else sums.row_sum
 
@@ -450,9 +454,13 @@ def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
             factor = _times(factor, sums.activation_scale[i, g])
         return value if factor is None else value * factor
 
+    def some_term(c: Expr, i: Expr, n: Expr) -> Expr:
+        return tirx.Select(c < chunks, term(te.min(c, chunks - 1), i, n), tirx.const(0, dtype))
+
     shape = (rows, expr.padded_n)
     if expr.split_k == 1:
-        return te.compute(shape, lambda i, n: te.sum(term(axis, i, n), axis=axis), name="accumulate")
+        found = term if padded_chunks == chunks else some_term
+        return te.compute(shape, lambda i, n: te.sum(found(axis, i, n), axis=axis), name="accumulate")
     sums_of_parts = te.compute(
         (expr.split_k, *shape),
         lambda s, i, n: te.sum(term(s * chunks + axis, i, n), axis=axis),
@@ -488,7 +496,7 @@ def _row_total(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
     return te.compute((rows, expr.padded_k // expr.chunk), total, name="row_total")
 
 
-def _store_as(value: Expr, dtype: str, out_dtype: str) -> Expr:
+def _store_as(value: Expr, dtype: str, out_dtype: str, threads: bool) -> Expr:
     """Convert the accumulated `value` of `dtype`.
 
     To integers it rounds to nearest, ties to even, and saturates; to floats a NaN stays one. float64 goes by way of float32,
@@ -496,7 +504,7 @@ def _store_as(value: Expr, dtype: str, out_dtype: str) -> Expr:
     """
     if dtype == "float64" and out_dtype in ("float16", "bfloat16"):
         value = value.astype("float32")
-    if out_dtype == "bfloat16":  # rounding a NaN whose bits are all ones would carry into the sign
+    if out_dtype == "bfloat16" and not threads:  # rounding a NaN whose bits are all ones would carry into the sign
         value = value.astype("float32")
         nan = tirx.reinterpret("float32", tirx.const(0x7FC00000, "int32"))
         return tirx.Select(tirx.isnan(value), nan, value).astype(out_dtype)

@@ -11,6 +11,7 @@ from tvm.ir import Expr
 
 from ..config import MatmulConfig
 from .absmax import absmax_bits
+from .decode import float_of_bits
 
 #: The largest value of a quantized activation; -128 is not used.
 _LARGEST = 127.0
@@ -76,12 +77,14 @@ def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any, threads: bool = Fal
     def at_least(i: Expr, g: Expr) -> Expr:
         return tirx.reinterpret("float32", te.max(bits[i, g], tirx.const(_bits(_LEAST), bits.dtype)))
 
+    # by way of its bits: a division by a constant would be turned into a product, which rounds otherwise
+    largest = float_of_bits(_bits(_LARGEST), threads)
+
     def scale(i: Expr, g: Expr) -> Expr:
-        # by way of its bits: a division by a constant would be turned into a product, which rounds otherwise
-        return at_least(i, g) / _opaque(_LARGEST)
+        return at_least(i, g) / largest
 
     def inverse(i: Expr, g: Expr) -> Expr:
-        return _opaque(_LARGEST) / at_least(i, g)
+        return largest / at_least(i, g)
 
     shape = (rows, groups)
     scales, inverses = te.compute(shape, scale, name="activation_scale"), te.compute(shape, inverse, name="inverse")
@@ -91,8 +94,3 @@ def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any, threads: bool = Fal
 def _bits(value: float) -> int:
     """The bits of a float32."""
     return int(unpack("<i", pack("<f", value))[0])
-
-
-def _opaque(value: float) -> Expr:
-    """A float32 constant that TVM does not simplify."""
-    return tirx.reinterpret("float32", tirx.const(_bits(value), "int32"))

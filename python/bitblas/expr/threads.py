@@ -8,7 +8,7 @@ from tvm import te, tirx
 from tvm.ir import Expr
 
 from ..formats import DataFormat
-from .decode import decode
+from .decode import decode, decode_float8
 
 #: The bits of 2^23, whose unit in the last place is 1: a whole number below 2^23 is or'd into them.
 _MAGIC_BITS, _MAGIC = 0x4B000000, float(1 << 23)
@@ -28,6 +28,8 @@ def thread_decoder(fmt: DataFormat) -> Callable[[Expr], Expr]:
         entries = len(fmt.codebook)
         table = te.compute((entries,), lambda at: decode(fmt, at), name="codebook")
         return lambda code: table[tirx.bitwise_and(code, _int32(entries - 1))]
+    if fmt.kind == "float8":
+        return lambda code: decode_float8(fmt, code, threads=True)
     return (lambda code: _integer(fmt, code)) if fmt.is_integer else (lambda code: decode(fmt, code))
 
 

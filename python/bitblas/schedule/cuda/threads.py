@@ -72,6 +72,7 @@ class ThreadTiling(Tiling):
             "row_multiple": self.block_m,
             "lane_multiple": self.block_n,
             "chunk": self.chunk(config, layout),
+            "chunk_multiple": self.lanes,
             "threads": True,
         }
 
@@ -126,9 +127,9 @@ class ThreadGemvRule(ScheduleRule[ThreadTiling]):
         """(columns of a thread, threads over columns, lanes), the best first: blocks enough for all multiprocessors."""
         card = problem.target.card
         wanted = _BLOCKS_PER_SM * (card.num_sms if card else 1)
-        shapes = [(2, 4, WARP), (4, 4, WARP), (1, 8, WARP), (2, 8, WARP), (1, 4, WARP), (1, 2, 2 * WARP)]
+        shapes = [(2, 4, WARP), (4, 4, WARP), (1, 8, WARP), (2, 8, WARP), (1, 4, WARP)]
         if not problem.config.dynamic_quantization:  # whose maxima are found by warps
-            shapes.append((1, 1, 4 * WARP))
+            shapes += [(1, 2, 2 * WARP), (1, 1, 4 * WARP)]
         enough = [shape for shape in shapes if problem.config.N >= wanted * shape[0] * shape[1]]
         return enough + [shape for shape in reversed(shapes) if shape not in enough]
 
