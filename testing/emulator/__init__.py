@@ -270,7 +270,9 @@ def run(function: Any, *arguments: Any, seeds: Sequence[int] = (0, 1), identical
             for i in tensors:
                 wrong = int((_bits(first[i]) != _bits(copies[i])).sum())
                 if wrong:
-                    raise OrderError(f"argument {i} differs in {wrong} bytes between the orders of seeds {seeds[0]} and {seed}")
+                    raise OrderError(
+                        f"argument {i} differs in {wrong} bytes between the orders of seeds {seeds[0]} and {seed}"
+                    )
     if first is not None:
         for i in tensors:
             arguments[i].copy_(first[i])

@@ -20,7 +20,15 @@ class Operand:
     expression: str
 
 
-_REGISTER = {"r": "uint32_t", "l": "uint64_t", "h": "uint16_t", "f": "float", "d": "double", "n": "int64_t", "q": "__int128"}
+_REGISTER = {
+    "r": "uint32_t",
+    "l": "uint64_t",
+    "h": "uint16_t",
+    "f": "float",
+    "d": "double",
+    "n": "int64_t",
+    "q": "__int128",
+}
 _TYPES = {
     "b8": "uint8_t",
     "u8": "uint8_t",
@@ -117,9 +125,7 @@ def _mov(i: _Instruction) -> str:
         bits = {"b32": 32, "b64": 64, "u64": 64, "u32": 32}[dtype] // len(target)
         whole = i.value(1, dtype)
         parts = [f"(uint{bits}_t)(({_TYPES[dtype]}){whole} >> {bits * k})" for k in range(len(target))]
-        return "".join(
-            f"::emulator::ptx::set({t}, {part});" for t, part in zip(target, parts, strict=True) if t != "_"
-        )
+        return "".join(f"::emulator::ptx::set({t}, {part});" for t, part in zip(target, parts, strict=True) if t != "_")
     if isinstance(source, tuple):  # packs
         whole = {"b32": 32, "b64": 64, "u64": 64, "u32": 32}[dtype]
         bits = whole // len(source)
@@ -244,7 +250,18 @@ def _selp(i: _Instruction) -> str:
 
 @_rule(rf"setp\.(?P<c>eq|ne|lt|le|gt|ge|lo|ls|hi|hs)\.(?P<t>{_TYPE})")
 def _setp(i: _Instruction) -> str:
-    signs = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+    signs = {
+        "eq": "==",
+        "ne": "!=",
+        "lt": "<",
+        "le": "<=",
+        "gt": ">",
+        "ge": ">=",
+        "lo": "<",
+        "ls": "<=",
+        "hi": ">",
+        "hs": ">=",
+    }
     dtype = i.match["t"]
     return f"{i.operands[0]} = {i.value(1, dtype)} {signs[i.match['c']]} {i.value(2, dtype)};"
 
@@ -332,7 +349,8 @@ def _cvt_from_half(i: _Instruction) -> str:
 def _cvt_from_float8(i: _Instruction) -> str:
     source = i.value(1, "b16")
     low, high = (
-        f"::emulator::float_to_half(::emulator::{i.match['t']}_to_float((uint8_t)({source} >> {shift})))" for shift in (0, 8)
+        f"::emulator::float_to_half(::emulator::{i.match['t']}_to_float((uint8_t)({source} >> {shift})))"
+        for shift in (0, 8)
     )
     return i.set(0, f"::emulator::ptx::pair({low}, {high})")
 
@@ -347,7 +365,8 @@ def _cvt_to_float8(i: _Instruction) -> str:
 def _cvt_half_to_float8(i: _Instruction) -> str:
     source = i.value(1, "b32")
     high, low = (
-        f"::emulator::to_{i.match['t']}(::emulator::half_to_float((uint16_t)({source} >> {shift})))" for shift in (16, 0)
+        f"::emulator::to_{i.match['t']}(::emulator::half_to_float((uint16_t)({source} >> {shift})))"
+        for shift in (16, 0)
     )
     return i.set(0, f"(uint16_t)({high} << 8 | {low})")
 
@@ -422,8 +441,24 @@ def _prefetch(i: _Instruction) -> str:
     return ""
 
 
-_ATOMIC = {"add": "Add", "min": "Min", "max": "Max", "and": "And", "or": "Or", "xor": "Xor", "exch": "Exch", "inc": "Inc", "dec": "Dec"}
-_ATOMIC_TYPES = {"u32": "unsigned", "b32": "unsigned", "s32": "int", "u64": "unsigned long long", "b64": "unsigned long long"}
+_ATOMIC = {
+    "add": "Add",
+    "min": "Min",
+    "max": "Max",
+    "and": "And",
+    "or": "Or",
+    "xor": "Xor",
+    "exch": "Exch",
+    "inc": "Inc",
+    "dec": "Dec",
+}
+_ATOMIC_TYPES = {
+    "u32": "unsigned",
+    "b32": "unsigned",
+    "s32": "int",
+    "u64": "unsigned long long",
+    "b64": "unsigned long long",
+}
 _ATOMIC_TYPES |= {"f32": "float", "f64": "double", "f16x2": "__half2", "bf16x2": "__nv_bfloat162", "f16": "__half"}
 _SCOPE = r"(?:\.(?:relaxed|acquire|release|acq_rel|cta|gpu|sys|noftz))*"
 
@@ -548,7 +583,9 @@ def _shfl(i: _Instruction) -> str:
 def _redux(i: _Instruction) -> str:
     fold = {"and": "bit_and", "or": "bit_or", "xor": "bit_xor"}.get(i.match["o"], i.match["o"])
     value = f"(int64_t){i.value(1, i.match['t'])}"
-    return i.set(0, f"(uint32_t)::emulator::warp_fold(::emulator::Fold::{fold}, {i.value(2, 'u32')}, {value}, __LINE__)")
+    return i.set(
+        0, f"(uint32_t)::emulator::warp_fold(::emulator::Fold::{fold}, {i.value(2, 'u32')}, {value}, __LINE__)"
+    )
 
 
 # ---- matrices ------------------------------------------------------------------------------------------------------------------
@@ -702,9 +739,8 @@ def _statement(text: str, scope: _Scope) -> str:
     if guarded:
         guard = f"if ({guarded[1]}{scope.name(guarded[2])}) "
         text = text[guarded.end() :]
-    name, _, rest = text.partition(" ") if not text.startswith(".") else (text, "", "")
-    if name == "call":
-        raise PtxError(text)
+    name = re.match(r"[\w.:]*", text)[0]
+    rest = text[len(name) :]
     for pattern, function in _RULES:
         match = pattern.fullmatch(name)
         if match:
@@ -758,7 +794,9 @@ def translate_template(template: str, operands: list[Operand], is_plain: bool = 
         register = f"ptx_r{number}"
         if operand.modifier:
             before.append(f"auto& ptx_o{number} = {operand.expression};")
-            initial = f"::emulator::ptx::as<{kind}>(ptx_o{number})" if operand.modifier == "+" else f"({kind})0x7fc5a5a5"
+            initial = (
+                f"::emulator::ptx::as<{kind}>(ptx_o{number})" if operand.modifier == "+" else f"({kind})0x7fc5a5a5"
+            )
             before.append(f"{kind} {register} = {initial};")
             after.append(f"::emulator::ptx::out(ptx_o{number}, {register});")
         else:

@@ -125,7 +125,9 @@ def _translate_asm(text: str) -> str:
         try:
             code = translate_template(template, operands, is_plain=len(sections) == 1)
         except PtxError as error:
-            raise TranslationError(f"inline assembly that the emulator does not know: {error}\nin: asm({statement})") from None
+            raise TranslationError(
+                f"inline assembly that the emulator does not know: {error}\nin: asm({statement})"
+            ) from None
         result.append(text[position : match.start()])
         result.append(code + "\n" * text.count("\n", match.start(), end))
         position = end + 1

@@ -10,10 +10,11 @@ from ...layout import PackedLayout
 from ...target import Target
 from ..rule import Problem, ScheduleRule, Tiling
 from .fragments import FragmentGemvRule, FragmentRule, declines_fragments, fragment_layout
+from .threads import ThreadGemvRule, ThreadRule, ThreadTiling
 from .tiles import FragmentTiling
 
-CUDA_RULES: tuple[ScheduleRule[Any], ...] = (FragmentGemvRule(), FragmentRule())
-CUDA_TILINGS: tuple[type[Tiling], ...] = (FragmentTiling,)
+CUDA_RULES: tuple[ScheduleRule[Any], ...] = (FragmentGemvRule(), FragmentRule(), ThreadGemvRule(), ThreadRule())
+CUDA_TILINGS: tuple[type[Tiling], ...] = (FragmentTiling, ThreadTiling)
 
 
 def cuda_layout(config: MatmulConfig, target: Target) -> PackedLayout:
@@ -28,4 +29,4 @@ def rank_on_cuda(problem: Problem, tilings: Sequence[Tiling]) -> list[Tiling]:
     return list(tilings)
 
 
-__all__ = ["CUDA_RULES", "CUDA_TILINGS", "cuda_layout", "rank_on_cuda"]
+__all__ = ["CUDA_RULES", "CUDA_TILINGS", "ThreadTiling", "cuda_layout", "rank_on_cuda"]

@@ -17,8 +17,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import MatmulConfig
-from ...expr.codes import join_bytes
 from ...expr.matmul import finish
+from ...expr.streams import join_bytes
 from ...formats import FORMATS
 from ...layout import FRAGMENT_K, FRAGMENT_N, WARP, PackedLayout, Plane
 from .fragments_decode import Decoder, Zero, table_words, u32
@@ -589,7 +589,7 @@ class FragmentProgram:
         with _when(inside):
             scale = self.S[n, 0] if cfg.with_scaling and cfg.integer_accumulation else None
             bias = self.bias[n] if self.bias is not None else None
-            B.buffer_store(self.out, finish(cfg, value, scale, None, bias), [m, n])
+            B.buffer_store(self.out, finish(cfg, value, scale, None, bias, threads=True), [m, n])
 
 
 def _widening(config: MatmulConfig) -> str:
