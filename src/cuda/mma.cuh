@@ -28,23 +28,34 @@ BITBLAS_DEVICE void bitblas_mma_bf16(float* sums, const unsigned* weights, unsig
 #endif
 }
 
-// 32 k of bytes, sums int32; weights signed (s8) or unsigned (u8), activations signed.
-#define BITBLAS_MMA_BYTES(type)                                                                                            \
-  BITBLAS_DEVICE void bitblas_mma_##type(int* sums, const unsigned* weights, unsigned first, unsigned second) {           \
-    BITBLAS_MMA_BYTES_BODY(type)                                                                                           \
-  }
+// 32 k of bytes, sums int32: weights and activations signed.
+BITBLAS_DEVICE void bitblas_mma_s8(int* sums, const unsigned* weights, unsigned first, unsigned second) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define BITBLAS_MMA_BYTES_BODY(type)                                                                                       \
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." #type                                                              \
-               ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                   \
-               : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])                                                \
-               : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(first), "r"(second));
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(first), "r"(second));
 #else
-#define BITBLAS_MMA_BYTES_BODY(type)                                                                                       \
-  _Pragma("unroll") for (int part = 0; part < 4; ++part)                                                                   \
-      asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." #type ".s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"                 \
-                   : "+r"(sums[2 * (part % 2)]), "+r"(sums[2 * (part % 2) + 1])                                            \
-                   : "r"(weights[part]), "r"(part / 2 ? second : first));
+#pragma unroll
+  for (int part = 0; part < 4; ++part)
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+r"(sums[2 * (part % 2)]), "+r"(sums[2 * (part % 2) + 1])
+                 : "r"(weights[part]), "r"(part / 2 ? second : first));
 #endif
-BITBLAS_MMA_BYTES(s8)
-BITBLAS_MMA_BYTES(u8)
+}
+
+// … weights unsigned.
+BITBLAS_DEVICE void bitblas_mma_u8(int* sums, const unsigned* weights, unsigned first, unsigned second) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(first), "r"(second));
+#else
+#pragma unroll
+  for (int part = 0; part < 4; ++part)
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+r"(sums[2 * (part % 2)]), "+r"(sums[2 * (part % 2) + 1])
+                 : "r"(weights[part]), "r"(part / 2 ? second : first));
+#endif
+}

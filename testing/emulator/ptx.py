@@ -739,9 +739,8 @@ def _statement(text: str, scope: _Scope) -> str:
     if guarded:
         guard = f"if ({guarded[1]}{scope.name(guarded[2])}) "
         text = text[guarded.end() :]
-    name, _, rest = text.partition(" ") if not text.startswith(".") else (text, "", "")
-    if name == "call":
-        raise PtxError(text)
+    name = re.match(r"[\w.:]*", text)[0]
+    rest = text[len(name) :]
     for pattern, function in _RULES:
         match = pattern.fullmatch(name)
         if match:

@@ -11,7 +11,9 @@ from tvm.ir import Expr
 from ..layout import LANES
 
 
-def absmax_bits(value: Callable[[Expr, Expr], Expr], rows: Any, parts: int, size: int) -> te.Tensor:
+def absmax_bits(
+    value: Callable[[Expr, Expr], Expr], rows: Any, parts: int, size: int, threads: bool = False
+) -> te.Tensor:
     """Blocks absmax_lanes, absmax: the bits of the largest magnitude in each part of a row, int32 (rows, parts).
 
     Without their sign the bits of float32 are ordered as the numbers are, infinity and NaN above all.
@@ -24,12 +26,15 @@ def absmax_bits(value: Callable[[Expr, Expr], Expr], rows: Any, parts: int, size
         How many rows there are.
     parts, size : int
         Parts of a row, and consecutive k in each.
+    threads : bool
+        Whether threads share out a part as they like: it is not reduced to sixteen lanes first, and the bits are uint32.
     """
+    dtype = "uint32" if threads else "int32"
 
     def bits(i: Expr, k: Expr) -> Expr:
-        return tirx.bitwise_and(tirx.reinterpret("int32", value(i, k)), tirx.const(0x7FFFFFFF, "int32"))
+        return tirx.bitwise_and(tirx.reinterpret(dtype, value(i, k)), tirx.const(0x7FFFFFFF, dtype))
 
-    if size % LANES:
+    if size % LANES or threads:
         k = te.reduce_axis((0, size), name="k")
         return te.compute((rows, parts), lambda i, c: te.max(bits(i, c * size + k), axis=k), name="absmax")
     j = te.reduce_axis((0, size // LANES), name="j")

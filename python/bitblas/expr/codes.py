@@ -6,25 +6,7 @@ from tvm import te, tirx
 from tvm.ir import Expr
 
 from ..layout import UNIT, PackedLayout
-
-
-def join_bytes(parts: list[Expr]) -> Expr:
-    """The int32 made of little-endian int8 `parts`; unsigned below four bytes."""
-    word: Expr | None = None
-    for j, part in enumerate(parts):
-        wide = tirx.bitwise_and(part.astype("int32"), tirx.const(255, "int32"))
-        wide = tirx.shift_left(wide, tirx.const(8 * j, "int32")) if j else wide
-        word = wide if word is None else tirx.bitwise_or(word, wide)
-    return word
-
-
-def stream_code(stream: te.Tensor, first: Expr, index: Expr, bits: int, size: int) -> Expr:
-    """Code number `index` of the bit stream that begins at byte `first`; bits above the code may hold anything."""
-    byte, shift = first + index * bits // 8, index * bits % 8
-    parts = [stream[byte]]
-    if 8 % bits:
-        parts.append(stream[te.min(byte + 1, size - 1)])
-    return tirx.shift_right(join_bytes(parts), shift)
+from .streams import join_bytes, stream_code
 
 
 def row_code(layout: PackedLayout, W: te.Tensor, n: Expr, k: Expr) -> Expr:

@@ -10,6 +10,15 @@ from tvm.ir import Expr
 from ..formats import DataFormat
 
 
+def float_of_bits(bits: int, threads: bool = False) -> Expr:
+    """The float32 of a constant's bits, which TVM does not look into.
+
+    For threads by a function of CUDA: TVM writes no C++ for the bits of a constant.
+    """
+    value = tirx.const(bits, "int32")
+    return tirx.call_pure_extern("float32", "__int_as_float", value) if threads else tirx.reinterpret("float32", value)
+
+
 def _mask(code: Expr, bits: int) -> Expr:
     return tirx.bitwise_and(code, tirx.const((1 << bits) - 1, "int32"))
 
@@ -44,14 +53,15 @@ def _half(bits: Expr) -> Expr:
     return tirx.reinterpret("float16", bits.astype("uint16")).astype("float32")
 
 
-def _decode_float8(fmt: DataFormat, code: Expr) -> Expr:
+def decode_float8(fmt: DataFormat, code: Expr, threads: bool = False) -> Expr:
+    """The float32 value of a byte; see `bitblas.expr.MatmulExpr` for `threads`."""
     if fmt.name == "float8_e5m2":  # the upper byte of a float16
         return _half(tirx.shift_left(code, tirx.const(8, "int32")))
     # e4m3: exponent and mantissa moved to where float16 has them, whose bias is larger by 8
     magnitude = tirx.bitwise_and(code, tirx.const(0x7F, "int32"))
     sign = tirx.shift_left(tirx.bitwise_and(code, tirx.const(0x80, "int32")), tirx.const(8, "int32"))
     value = _half(tirx.bitwise_or(sign, tirx.shift_left(magnitude, tirx.const(7, "int32"))))
-    nan = tirx.reinterpret("float32", tirx.const(0x7FC00000, "int32"))
+    nan = float_of_bits(0x7FC00000, threads)
     return tirx.Select(magnitude == 0x7F, nan, value * tirx.const(256.0, "float32"))
 
 
@@ -66,7 +76,7 @@ _DECODERS: dict[str, Callable[[DataFormat, Expr], Expr]] = {
     "uint": _decode_uint,
     "int": _decode_int,
     "codebook": _decode_codebook,
-    "float8": _decode_float8,
+    "float8": decode_float8,
     "float": _decode_float,
 }
 

@@ -13,12 +13,14 @@ from ..config import MatmulConfig
 from ..formats import parse_format
 from ..layout import LANES, QUAD, PackedLayout
 from .absmax import absmax_bits
-from .codes import fragment_code, join_bytes, lane_code, row_code, stream_code
-from .decode import decode
+from .codes import fragment_code, lane_code, row_code
+from .decode import decode, decode_float8
 from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
+from .streams import WORD_BYTES, join_bytes, period, stream_code, stream_words, word_code
+from .threads import thread_decoder
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class MatmulExpr:
     split_k : int
         Parts of the chunks that are summed by themselves: accumulate[s, i, n] and its copy part[s, i, n], which threads can
         share out; join[i, n] sums them.
+    chunk_multiple : int
+        Chunks are counted in multiples of this: those beyond the last repeat it, and add nothing.
+    threads : bool
+        Whether each number is computed by a thread of its own, instead of by a lane: reductions of a row are not cut into
+        sixteen lanes, `lane_multiple` counts columns, A is copied as it is (`held`), words of a row-wise bit stream
+        are loaded whole (`words`), codebooks are tables (`codebook`), and rounding is the target's own.
     """
 
     config: MatmulConfig
@@ -83,6 +91,8 @@ class MatmulExpr:
     dot: str = ""
     slices: int = 0
     split_k: int = 1
+    chunk_multiple: int = 1
+    threads: bool = False
 
     @property
     def sums_integers(self) -> bool:
@@ -102,7 +112,13 @@ class MatmulExpr:
     @property
     def padded_n(self) -> int:
         """N, rounded up to whole tiles."""
-        return _round_up(self.config.N, LANES * self.lane_multiple)
+        return _round_up(self.config.N, self.lane_multiple if self.threads else LANES * self.lane_multiple)
+
+    @property
+    def streams_words(self) -> bool:
+        """Whether threads read a row-wise bit stream in words of 32 bits: rows and chunks begin and end with them."""
+        packed = self.threads and self.layout.name == "packed" and self.padded_k == self.config.K
+        return packed and self.config.K % period(self.layout.bits) == 0 and self.chunk % period(self.layout.bits) == 0
 
 
 def _round_up(value: Any, multiple: int) -> Any:
@@ -112,8 +128,8 @@ def _round_up(value: Any, multiple: int) -> Any:
 def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     """Build the function (A, W, [scale], [zeros], [bias], out).
 
-    Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,); scale (N, K/g) and zeros
-    (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N)
+    Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,), or the same as int32 where
+    `streams_words`; scale (N, K/g) and zeros (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N)
     out_dtype.
     """
     cfg = expr.config
@@ -121,10 +137,12 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     rows = _round_up(m, expr.row_multiple)
     A = te.placeholder((m, cfg.K), cfg.activation_dtype, name="A")
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
+    if expr.streams_words:  # the same bytes: a compiled operator does not look at dtypes
+        W = te.placeholder((expr.layout.num_bytes // WORD_BYTES,), "int32", name="W")
     arguments = [A, W]
 
-    quantized = quantizer(cfg, A, rows) if cfg.activation_groups else None
-    given = _given(expr, A, quantized)
+    quantized = quantizer(cfg, A, rows, expr.threads) if cfg.activation_groups else None
+    given = _given(expr, A, quantized, rows)
     steps, activation = _sliced(expr, given, rows) if expr.slices else (None, _activation(expr, given, rows))
     multiply = _pair_products if expr.dot == "bf16" else _dots if expr.dot else _products
     partial = multiply(expr, W, activation, rows)
@@ -145,14 +163,21 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     def epilogue(i: Expr, n: Expr) -> Expr:
         factor = None if column_scale is None else column_scale[0, n]
         row_factor = None if row_scale is None else row_scale[i, 0]
-        return finish(cfg, accumulated[i, n], factor, row_factor, None if bias is None else bias[n])
+        return finish(cfg, accumulated[i, n], factor, row_factor, None if bias is None else bias[n], expr.threads)
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
     return func.with_attr({"global_symbol": name})
 
 
-def finish(cfg: MatmulConfig, value: Expr, scale: Expr | None, row_scale: Expr | None, bias: Expr | None) -> Expr:
+def finish(
+    cfg: MatmulConfig,
+    value: Expr,
+    scale: Expr | None,
+    row_scale: Expr | None,
+    bias: Expr | None,
+    threads: bool = False,
+) -> Expr:
     """An element of the output, of the sum of its products: with what scales its whole column and row, and its bias."""
     dtype = cfg.sum_dtype
     factor = None if scale is None else scale.astype(cfg.scaling_dtype)
@@ -165,28 +190,42 @@ def finish(cfg: MatmulConfig, value: Expr, scale: Expr | None, row_scale: Expr |
         if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
             dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
         value = value.astype(dtype) + bias.astype(dtype)
-    return _store_as(value, dtype, cfg.out_dtype)
+    return _store_as(value, dtype, cfg.out_dtype, threads)
 
 
 def _times(factor: Expr | None, other: Expr) -> Expr:
     return other if factor is None else factor * other
 
 
-def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None) -> Callable[[Expr, Expr], Expr]:
+def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None, rows: Expr) -> Callable[[Expr, Expr], Expr]:
     """Elements of A: float32, or int8 where they are; rows beyond M repeat the last, k beyond K are 0."""
     cfg, dtype = expr.config, "int8" if expr.sums_integers and not expr.slices else "float32"
     fmt = parse_format(cfg.A_dtype)
 
-    def value(i: Expr, k: Expr) -> Expr:
-        element = A[te.min(i, A.shape[0] - 1), k]
+    def element(i: Expr, k: Expr) -> Expr:
+        return A[te.min(i, A.shape[0] - 1), k]
+
+    def convert(found: Expr, i: Expr, k: Expr) -> Expr:
         if quantized is not None:
-            return quantized.quantize(element.astype("float32"), i, k).astype(dtype)
-        return decode(fmt, element.astype("int32")) if fmt.kind == "float8" else element.astype(dtype)
+            return quantized.quantize(found.astype("float32"), i, k).astype(dtype)
+        return decode_float8(fmt, found.astype("int32"), expr.threads) if fmt.kind == "float8" else found.astype(dtype)
+
+    def value(i: Expr, k: Expr) -> Expr:
+        return convert(element(i, k), i, k)
 
     def padded(i: Expr, k: Expr) -> Expr:
         return tirx.Select(k < cfg.K, value(i, te.min(k, cfg.K - 1)), tirx.const(0, dtype))
 
-    return value if expr.padded_k == cfg.K else padded
+    if not expr.threads:
+        return value if expr.padded_k == cfg.K else padded
+
+    def copied(i: Expr, k: Expr) -> Expr:
+        if expr.padded_k == cfg.K:
+            return element(i, k)
+        return tirx.Select(k < cfg.K, element(i, te.min(k, cfg.K - 1)), tirx.const(0, A.dtype))
+
+    held = te.compute((rows, expr.padded_k), copied, name="held")
+    return lambda i, k: convert(held[i, k], i, k)
 
 
 def _activation(expr: MatmulExpr, given: Callable[[Expr, Expr], Expr], rows: Expr) -> te.Tensor:
@@ -269,7 +308,12 @@ def _row_shape(expr: MatmulExpr, rows: Expr) -> tuple[Any, ...]:
 def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     """Blocks words*, unpack, decode: (K, padded N) float32."""
     cfg, layout, fmt = expr.config, expr.layout, expr.config.format
-    if layout.name == "packed":
+    if expr.streams_words:
+        stream = stream_words(W, expr.padded_n, layout.row_bytes // WORD_BYTES, layout.bits, lambda n: _column(expr, n))
+        unpacked = te.compute(
+            (expr.padded_k, expr.padded_n), lambda k, n: word_code(stream, n, k, layout.bits), name="unpack"
+        )
+    elif layout.name == "packed":
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n),
             lambda k, n: row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
@@ -290,7 +334,8 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
             lambda k, n: lane_code(layout, words, expr.whole_words, n, k),
             name="unpack",
         )
-    return te.compute((expr.padded_k, expr.padded_n), lambda k, n: decode(fmt, unpacked[k, n]), name="decode")
+    decoder = thread_decoder(fmt) if expr.threads else lambda code: decode(fmt, code)
+    return te.compute((expr.padded_k, expr.padded_n), lambda k, n: decoder(unpacked[k, n]), name="decode")
 
 
 def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
@@ -351,7 +396,7 @@ def _row_sum(expr: MatmulExpr, activation: Callable[..., Expr], rows: Expr) -> t
     """Σ of a chunk of a row; over 16 lanes first, where it divides, because a float sum may not be reordered later."""
     chunk, chunks = expr.chunk, expr.padded_k // expr.chunk
     dtype, shape = "int32" if expr.sums_integers else "float32", _row_shape(expr, rows)
-    if chunk % LANES:
+    if chunk % LANES or expr.threads:
         k = te.reduce_axis((0, chunk), name="k")
         return te.compute(
             (*shape, chunks),
@@ -386,7 +431,8 @@ def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
     groups = cfg.num_groups if cfg.is_grouped else 1
     chunks_per_group = expr.padded_k // groups // expr.chunk
     chunks = expr.padded_k // expr.chunk // expr.split_k
-    axis = te.reduce_axis((0, chunks), name="c")
+    padded_chunks = _round_up(chunks, expr.chunk_multiple)
+    axis = te.reduce_axis((0, padded_chunks), name="c")
     dtype = cfg.sum_dtype
     total = _row_total(expr, rows, sums) if expr.slices and zero is not None else sums.row_sum
 
@@ -407,9 +453,13 @@ def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
             factor = _times(factor, sums.activation_scale[i, g])
         return value if factor is None else value * factor
 
+    def some_term(c: Expr, i: Expr, n: Expr) -> Expr:
+        return tirx.Select(c < chunks, term(te.min(c, chunks - 1), i, n), tirx.const(0, dtype))
+
     shape = (rows, expr.padded_n)
     if expr.split_k == 1:
-        return te.compute(shape, lambda i, n: te.sum(term(axis, i, n), axis=axis), name="accumulate")
+        found = term if padded_chunks == chunks else some_term
+        return te.compute(shape, lambda i, n: te.sum(found(axis, i, n), axis=axis), name="accumulate")
     sums_of_parts = te.compute(
         (expr.split_k, *shape),
         lambda s, i, n: te.sum(term(s * chunks + axis, i, n), axis=axis),
@@ -445,7 +495,7 @@ def _row_total(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
     return te.compute((rows, expr.padded_k // expr.chunk), total, name="row_total")
 
 
-def _store_as(value: Expr, dtype: str, out_dtype: str) -> Expr:
+def _store_as(value: Expr, dtype: str, out_dtype: str, threads: bool) -> Expr:
     """Convert the accumulated `value` of `dtype`.
 
     To integers it rounds to nearest, ties to even, and saturates; to floats a NaN stays one. float64 goes by way of float32,
@@ -453,7 +503,7 @@ def _store_as(value: Expr, dtype: str, out_dtype: str) -> Expr:
     """
     if dtype == "float64" and out_dtype in ("float16", "bfloat16"):
         value = value.astype("float32")
-    if out_dtype == "bfloat16":  # rounding a NaN whose bits are all ones would carry into the sign
+    if out_dtype == "bfloat16" and not threads:  # rounding a NaN whose bits are all ones would carry into the sign
         value = value.astype("float32")
         nan = tirx.reinterpret("float32", tirx.const(0x7FC00000, "int32"))
         return tirx.Select(tirx.isnan(value), nan, value).astype(out_dtype)

@@ -11,6 +11,7 @@ from tvm.ir import Expr
 
 from ..config import MatmulConfig
 from .absmax import absmax_bits
+from .decode import float_of_bits
 
 #: The largest value of a quantized activation; -128 is not used.
 _LARGEST = 127.0
@@ -37,18 +38,23 @@ class Quantizer:
         See above.
     group : int
         Consecutive k that share them.
+    threads : bool
+        See `bitblas.expr.MatmulExpr`.
     """
 
     scale: te.Tensor
     inverse: te.Tensor
     group: int
+    threads: bool = False
 
     def quantize(self, value: Expr, i: Expr, k: Expr) -> Expr:
         """The whole number, as a float32 from -127 to 127, that stands for the float32 `value` of A in row i at k."""
         scaled = value * self.inverse[i, self.group_of(k)]
         # of a NaN no integer is made, which nobody defines; TVM vectorizes neither isnan nor its own nearbyint
         number = scaled >= tirx.const(-_LARGEST - 1, "float32")
-        whole = tirx.call_llvm_pure_intrin("float32", "llvm.nearbyint", scaled)
+        whole = (
+            tirx.nearbyint(scaled) if self.threads else tirx.call_llvm_pure_intrin("float32", "llvm.nearbyint", scaled)
+        )
         return tirx.Select(number, whole, tirx.const(0.0, "float32"))
 
     def group_of(self, k: Expr) -> Expr:
@@ -56,33 +62,33 @@ class Quantizer:
         return k // self.group if self.scale.shape[1] != 1 else 0
 
 
-def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any) -> Quantizer:
+def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any, threads: bool = False) -> Quantizer:
     """Blocks absmax_lanes, absmax, activation_scale and inverse for A (m, K); rows beyond M repeat the last."""
     groups = config.activation_groups
     group = config.K // groups
-    bits = absmax_bits(lambda i, k: A[te.min(i, A.shape[0] - 1), k].astype("float32"), rows, groups, group)
+
+    def value(i: Expr, k: Expr) -> Expr:
+        return A[te.min(i, A.shape[0] - 1), k].astype("float32")
+
+    bits = absmax_bits(value, rows, groups, group, threads)
 
     def at_least(i: Expr, g: Expr) -> Expr:
-        return tirx.reinterpret("float32", te.max(bits[i, g], tirx.const(_bits(_LEAST), "int32")))
+        return tirx.reinterpret("float32", te.max(bits[i, g], tirx.const(_bits(_LEAST), bits.dtype)))
+
+    # by way of its bits: a division by a constant would be turned into a product, which rounds otherwise
+    largest = float_of_bits(_bits(_LARGEST), threads)
 
     def scale(i: Expr, g: Expr) -> Expr:
-        # by way of its bits: a division by a constant would be turned into a product, which rounds otherwise
-        return at_least(i, g) / _opaque(_LARGEST)
+        return at_least(i, g) / largest
 
     def inverse(i: Expr, g: Expr) -> Expr:
-        return _opaque(_LARGEST) / at_least(i, g)
+        return largest / at_least(i, g)
 
     shape = (rows, groups)
-    return Quantizer(
-        te.compute(shape, scale, name="activation_scale"), te.compute(shape, inverse, name="inverse"), group
-    )
+    scales, inverses = te.compute(shape, scale, name="activation_scale"), te.compute(shape, inverse, name="inverse")
+    return Quantizer(scales, inverses, group, threads)
 
 
 def _bits(value: float) -> int:
     """The bits of a float32."""
     return int(unpack("<i", pack("<f", value))[0])
-
-
-def _opaque(value: float) -> Expr:
-    """A float32 constant that TVM does not simplify."""
-    return tirx.reinterpret("float32", tirx.const(_bits(value), "int32"))

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
-from ...expr.codes import join_bytes, stream_code
+from ...expr.streams import join_bytes, stream_code
 from ...layout import LANES
 
 _UNSIGNED = {1: "uint8x16", 2: "uint16x16", 4: "int32x16"}

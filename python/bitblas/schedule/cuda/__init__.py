@@ -11,10 +11,17 @@ from ...target import Target
 from ..rule import Problem, ScheduleRule, Tiling
 from .dense import DenseRule, DenseTiling
 from .fragments import FragmentGemvRule, FragmentRule, declines_fragments, fragment_layout
+from .threads import ThreadGemvRule, ThreadRule, ThreadTiling
 from .tiles import FragmentTiling
 
-CUDA_RULES: tuple[ScheduleRule[Any], ...] = (DenseRule(), FragmentGemvRule(), FragmentRule())
-CUDA_TILINGS: tuple[type[Tiling], ...] = (DenseTiling, FragmentTiling)
+CUDA_RULES: tuple[ScheduleRule[Any], ...] = (
+    DenseRule(),
+    FragmentGemvRule(),
+    FragmentRule(),
+    ThreadGemvRule(),
+    ThreadRule(),
+)
+CUDA_TILINGS: tuple[type[Tiling], ...] = (DenseTiling, FragmentTiling, ThreadTiling)
 
 
 def cuda_layout(config: MatmulConfig, target: Target) -> PackedLayout:
@@ -29,4 +36,4 @@ def rank_on_cuda(problem: Problem, tilings: Sequence[Tiling]) -> list[Tiling]:
     return list(tilings)
 
 
-__all__ = ["CUDA_RULES", "CUDA_TILINGS", "cuda_layout", "rank_on_cuda"]
+__all__ = ["CUDA_RULES", "CUDA_TILINGS", "ThreadTiling", "cuda_layout", "rank_on_cuda"]

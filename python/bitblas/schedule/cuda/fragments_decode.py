@@ -172,7 +172,7 @@ class Zero:
         self.value = value
 
     def plus(self, base: int, at: int) -> Expr:
-        """In both halves of a register: `base`, bits of a 16-bit float, plus the zero point from bit `at` of its mantissa on."""
+        """In both halves of a register: `base`, bits of a 16-bit float, plus the zero point at bit `at` of its mantissa."""
         return tirx.Add(tirx.Mul(self.value, u32(_HALVES << at)), u32(base * _HALVES))
 
 

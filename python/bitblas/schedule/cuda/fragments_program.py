@@ -17,8 +17,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import MatmulConfig
-from ...expr.codes import join_bytes
 from ...expr.matmul import finish
+from ...expr.streams import join_bytes
 from ...formats import FORMATS
 from ...layout import FRAGMENT_K, FRAGMENT_N, WARP, PackedLayout, Plane
 from .fragments_decode import Decoder, Zero, table_words, u32
@@ -145,9 +145,9 @@ class FragmentProgram:
             ):
                 B.reads()
                 B.writes()
-                B.attr(thread, "tirx.launch_bounds_min_blocks_per_sm", self.tiling.blocks_at_once)
                 self.tile, self.part, self.thread = tile, part, thread
-                self._body()
+                with B.attr(thread, "tirx.launch_bounds_min_blocks_per_sm", self.tiling.blocks_at_once):
+                    self._body()
         return builder.get()
 
     def _arguments(self) -> None:
@@ -308,24 +308,27 @@ class FragmentProgram:
         return self._block_n(n_tile) * FRAGMENT_N + 8 * half + self.row
 
     def _load_words(self, step: Expr, n_tile: int) -> None:
+        """A thread's words of the next step: of a whole span of blocks at once, or of so many as the step has."""
         base = n_tile * self.blocks_per_step * self.layout.bits
+        blocks_of_row = self._block_n(n_tile) * (self.config.K // FRAGMENT_K)
         for plane in self.layout.planes:
-            span = self.layout.span(plane)
-            pieces, vector = max(1, plane.width // 4), min(4, plane.width * span)
-            for index in range(self.blocks_per_step // span * pieces):
-                blocks = (self._block_n(n_tile) * (self.config.K // FRAGMENT_K // span) * pieces) + (
-                    step * (self.blocks_per_step // span * pieces) + index
-                )
-                address = plane.offset + (blocks * WARP + self.lane) * (4 * vector)
-                _run(f"stream_{4 * vector}", self.next_words.at(base + index * vector), B.address_of(self.W[address]))
-            base += self.blocks_per_step * plane.width
+            span, width = self.layout.span(plane), plane.width
+            at_once = min(span, self.blocks_per_step)
+            for block in range(0, self.blocks_per_step, at_once):
+                number = blocks_of_row + step * self.blocks_per_step + block
+                for piece in range(max(1, width // 4)):
+                    vector = number // span * max(1, width // 4) + piece
+                    words = min(4, width * at_once)
+                    address = plane.offset + (vector * WARP + self.lane) * (4 * min(4, width * span))
+                    address += number % span * (4 * width) if at_once < span else 0
+                    to = self.next_words.at(base + block * width + 4 * piece)
+                    _run(f"stream_{4 * words}", to, B.address_of(self.W[address]))
+            base += self.blocks_per_step * width
 
     def _word(self, plane: Plane, n_tile: int, block: int) -> Callable[[int], Expr]:
         """The words of a plane, of one block of 16 x 64."""
-        base = n_tile * self.blocks_per_step * self.layout.bits
-        base += self.blocks_per_step * sum(other.width for other in self.layout.planes if other.offset < plane.offset)
-        span = self.layout.span(plane)
-        first = base + block // span * (span * plane.width) + block % span * plane.width
+        first = n_tile * self.blocks_per_step * self.layout.bits + block * plane.width
+        first += self.blocks_per_step * sum(other.width for other in self.layout.planes if other.offset < plane.offset)
         return lambda index: self.words[first + index]
 
     def _group(self, step: Expr, fold: int) -> Expr | int:
@@ -586,7 +589,7 @@ class FragmentProgram:
         with _when(inside):
             scale = self.S[n, 0] if cfg.with_scaling and cfg.integer_accumulation else None
             bias = self.bias[n] if self.bias is not None else None
-            B.buffer_store(self.out, finish(cfg, value, scale, None, bias), [m, n])
+            B.buffer_store(self.out, finish(cfg, value, scale, None, bias, threads=True), [m, n])
 
 
 def _widening(config: MatmulConfig) -> str:

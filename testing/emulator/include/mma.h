@@ -1,0 +1,3 @@
+// Texts include it whether they use it or not; nvcuda::wmma is not emulated.
+#pragma once
+#include <cuda_fp16.h>
