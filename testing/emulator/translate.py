@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .ptx import Operand, PtxError, translate_template
+from .instructions import PtxError
+from .ptx import Operand, translate_template
 
 _ASM = re.compile(r"\b(?:__asm__|__asm|asm)\b\s*(?:(?:__volatile__|volatile|__volatile)\b\s*)?(?=\()")
 _STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
