@@ -65,16 +65,22 @@ class _Scope:
         if text.startswith("["):
             base, _, offset = re.sub(r"\s", "", text[1:-1]).partition("+")
             return Address(self.name(base), _number(offset or "0") if _is_number(offset or "0") else self.name(offset))
-        if "|" in text:
-            return "|".join(self.name(part.strip()) for part in text.split("|"))
         if _is_number(text):
             return Immediate(_number(text))
+        if _CONSTANT.fullmatch(text):
+            return Immediate(f"({text})")
+        if "|" in text:
+            return "|".join(self.name(part.strip()) for part in text.split("|"))
         if text.startswith("!"):
             return f"(!{self.name(text[1:])})"
         return self.name(text)
 
 
 _NUMBER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+|\d+)[uU]?|0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}")
+
+_CONSTANT = re.compile(
+    r"(?=.*\d)[\s()&|^~+*<>-]*(?:0[xX][0-9a-fA-F]+|\d+)(?:[\s()&|^~+*<>-]+(?:0[xX][0-9a-fA-F]+|\d+))*[\s()]*"
+)
 
 
 def _is_number(text: str) -> bool:

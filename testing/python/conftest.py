@@ -11,7 +11,10 @@ import hypothesis
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for `import reference` and `import emulator`
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[1]),
+]  # for `import reference` and `import emulator`
 
 _MADE_STORE = pytest.StashKey[Path]()
 
