@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,11 @@ import torch
 
 from ..artifacts.process import this_process
 from ..build import LIBRARY, build_library, compile_module, compile_plan, find_compiler
+from ..cards import Batch, CardClock, Stopwatch, batch_of, cache_bytes_of, device_of, take_batches, time_on
 from ..config import MatmulConfig
 from ..errors import BitBLASError, BuildError
 from ..logs import warn_once
-from ..measuring import Operands, spoil, take_turn, time_kernels
+from ..measuring import Operands, spoil, take_turn
 from ..plan import MatmulPlan
 from ..runtime import Kernels, load_kernels, wrap_executable, wrap_function
 from ..schedule import Problem
@@ -39,6 +41,8 @@ TURN_SECONDS, SLOWER = 5.0, 3.0
 RACE_SECONDS = 0.03
 #: How far results may differ, as parts of themselves and of their root mean square: tilings add in different orders.
 RELATIVE, ABSOLUTE = 1e-2, 2e-2
+#: With this status a child ends whose card no longer computes: nothing but a new process mends that.
+CARD_LOST = 70
 
 
 # -- jobs, which run in a child --------------------------------------------------------------------------------------------
@@ -58,8 +62,27 @@ def turn_job(
 ) -> list[float] | str:
     """Seconds of some calls; or what is wrong with the results, where they are looked at for the first time."""
     torch.set_num_threads(threads)
-    other = None if like is None else _loaded(*like)
-    return _runner.turn(_loaded(library, plan), plan, m, other)
+    try:
+        other = None if like is None else _loaded(*like)
+        return _runner.turn(_loaded(library, plan), plan, m, other)
+    except RuntimeError as error:
+        if plan.target.kind != "cuda":
+            raise
+        return end_unless_usable(error, torch.cuda.synchronize)
+
+
+def end_unless_usable(error: RuntimeError, synchronize: Callable[[], None]) -> str:
+    """What a kernel did wrong; where the card no longer computes, as after an access to wrong memory, this ends the process."""
+    said = str(error).strip().splitlines()
+    text = f"cannot be run: {said[0] if said else type(error).__name__}"
+    try:
+        synchronize()
+    except RuntimeError as worse:
+        last = str(worse).strip().splitlines()
+        sys.stderr.write(f"error: {last[0] if last else text}\n")  # its last words
+        sys.stderr.flush()
+        os._exit(CARD_LOST)
+    return text
 
 
 @cache
@@ -73,9 +96,17 @@ def any_rows(config: MatmulConfig) -> MatmulConfig:
 
 
 class Runner:
-    """Runs candidates on the operands of one problem after the other, and looks at the first result of each."""
+    """Runs candidates on the operands of one problem after the other, and looks at the first result of each.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    stopwatch : Stopwatch, optional
+        Times launches on a card; the card's by default.
+    """
+
+    def __init__(self, stopwatch: Stopwatch | None = None) -> None:
+        self._stopwatch = stopwatch
+        self._batches: dict[tuple[MatmulPlan, int], Batch] = {}
         self._problem: tuple[MatmulConfig, int] | None = None
         self._operands: Operands | None = None
         self._expected: torch.Tensor | None = None
@@ -85,9 +116,9 @@ class Runner:
         """Seconds of some calls, or how the result differs from that of `like`."""
         operands = self._draw(plan, m)
         if (plan, m) in self._checked:
-            return take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
+            return self._take(kernels, plan, m, operands)
         spoil(operands.out)
-        taken = take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
+        taken = self._take(kernels, plan, m, operands)
         got = operands.out.clone()
         if self._expected is None:
             self._expected = got if like is None else operands.launch(like).clone()
@@ -97,11 +128,24 @@ class Runner:
         self._checked.add((plan, m))
         return taken
 
+    def _take(self, kernels: Kernels, plan: MatmulPlan, m: int, operands: Operands) -> list[float]:
+        """Seconds of each call of a turn; on a card of one launch in each batch."""
+        if plan.target.kind != "cuda":
+            return take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
+        if (plan, m) not in self._batches:
+            self._stopwatch = self._stopwatch or CardClock(operands.out.device)
+            call = partial(operands.launch, kernels)
+            self._batches[plan, m] = batch_of(self._stopwatch, call, len(operands.weights))
+        return take_batches(self._batches[plan, m], least=1, seconds=RACE_SECONDS)
+
     def _draw(self, plan: MatmulPlan, m: int) -> Operands:
         problem = any_rows(plan.config), m
         if self._operands is None or self._problem != problem:
             self._operands = self._expected = None  # before there is memory for others
-            self._operands, self._problem = Operands(problem[0], plan.layout, m), problem
+            self._batches.clear()
+            device = torch.device("cpu") if self._stopwatch is not None else device_of(plan.target)
+            cache = cache_bytes_of(plan.target)
+            self._operands, self._problem = Operands(problem[0], plan.layout, m, device, cache), problem
         return self._operands
 
 
@@ -210,7 +254,8 @@ def measure_module(mod: tvm.IRModule, problem: Problem) -> float:
     except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {problem.config} for {problem.target}", output=str(error)) from error
     (name,) = (variable.name_hint for variable in mod.get_global_vars())
-    return time_kernels(wrap_function(executable, name, problem.m), problem.config, problem.layout, problem.m)
+    kernels = wrap_function(executable, name, problem.m)
+    return time_on(problem.target, kernels, problem.config, problem.layout, problem.m)
 
 
 def num_builders() -> int:
