@@ -16,7 +16,7 @@ from .layout import PackedLayout
 from .machines import Card
 from .measuring import LEAST_CALLS, MIN_CALLS, MIN_SECONDS, TURN_CALLS, TURN_SECONDS, Operands
 from .runtime import Kernels
-from .target import Target, device_arch
+from .target import Target, device_arch, runs_on
 
 #: Seconds that the launches of one batch take together, about: long beside the two events that time them.
 BATCH_SECONDS = 1e-3
@@ -27,19 +27,19 @@ _TRIALS = 3
 
 
 def device_of(target: Target) -> torch.device:
-    """Where kernels for a target run: the CPU; the current CUDA device where it is such a card, else the first that is.
+    """Where kernels for a target run: the CPU; the current CUDA device where it can, else the first that can.
 
     Raises
     ------
     UnsupportedError
-        No device of this machine is of the target's compute capability.
+        No device of this machine runs code for the target.
     """
     if target.kind != "cuda":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     order = sorted(range(count), key=lambda index: index != torch.cuda.current_device())
     for index in order:
-        if device_arch(index) == target.arch.rstrip("af"):
+        if runs_on(target.arch, device_arch(index)):
             return torch.device("cuda", index)
     raise UnsupportedError(f"there is no CUDA device for {target}")
 
@@ -161,7 +161,7 @@ def time_on(
     Raises
     ------
     UnsupportedError
-        No device of this machine is of the target's compute capability.
+        No device of this machine runs code for the target.
     """
     if target.kind != "cuda":
         return measuring.time_kernels(kernels, config, layout, m)

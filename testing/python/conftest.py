@@ -63,9 +63,9 @@ def pytest_collection_modifyitems(config, items):
     device, kept, left_out = config.stash[_DEVICE], [], []
     no_card = pytest.mark.skip(reason="there is no CUDA device")
     for item in items:
-        about_cards = bool(devices.ONLY_ON_CARDS.search(item.path.name))
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         elsewhere = item.path.parent.name != "run" or devices.why_not(item.path.name, item.originalname, parameters)
+        about_cards = item.path.parent.name == "run" and bool(devices.ONLY_ON_CARDS.search(item.path.name))
         if device != "cpu" and elsewhere and not about_cards:
             left_out.append(item)
             continue

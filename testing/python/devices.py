@@ -50,11 +50,13 @@ NOT_ON_CARDS = {
     "test_warm_start.py": "starts processes, which are for this CPU; test_cuda_operator.py does so for a card",
     "test_wrong_uses.py": "what is wrong is refused before a kernel runs; devices are in test_cuda_streams.py",
 }
-#: Files that are about cards alone.
+#: Files of `run/` that are about cards alone.
 ONLY_ON_CARDS = re.compile(r"test_cuda_\w+\.py$")
 #: A parameter of a test with this name is a target; these are other names of this machine.
 _TARGETS = ("target", "mcpu")
 _THIS_MACHINE = (None, "auto", "llvm")
+#: What this run was asked for.
+_current = ["cpu"]
 
 
 def wanted(device: str | None, marks: str) -> str:
@@ -78,6 +80,11 @@ def why_not(path: str, name: str, parameters: dict[str, object]) -> str | None:
     if reason is None and any(parameters.get(key) not in _THIS_MACHINE for key in _TARGETS):
         reason = "is for another CPU"
     return reason
+
+
+def shift(dtype: torch.dtype) -> int:
+    """Elements between an aligned address and one where an output may begin: cards refuse what 16 does not divide."""
+    return 1 if _current[0] != "cuda" else 16 // dtype.itemsize
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------------
@@ -149,6 +156,7 @@ def install(device: str, targets: Iterable[object] = _THIS_MACHINE) -> None:
     """Let operators for this machine be operators for a device, in this process."""
     import bitblas
 
+    _current[0] = device
     if device == "cpu":
         return
     if device == "cuda":

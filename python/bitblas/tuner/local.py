@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..artifacts.process import this_process
-from ..build import LIBRARY, build_library, compile_module, compile_plan, find_compiler
+from ..build import LIBRARY, SOURCES, build_library, compile_module, compile_plan, find_compiler
 from ..cards import Batch, CardClock, Stopwatch, batch_of, cache_bytes_of, device_of, take_batches, time_on
 from ..config import MatmulConfig
+from ..cuda.compile import write_cuda
 from ..errors import BitBLASError, BuildError
 from ..logs import warn_once
 from ..measuring import Operands, spoil, take_turn
-from ..plan import MatmulPlan
+from ..plan import KernelPlan, MatmulPlan
 from ..runtime import Kernels, load_kernels, wrap_executable, wrap_function
 from ..schedule import Problem
 from ..target import Target
@@ -48,13 +49,13 @@ CARD_LOST = 70
 # -- jobs, which run in a child --------------------------------------------------------------------------------------------
 
 
-def build_job(plan: MatmulPlan, directory: Path, compiler: str) -> str:
-    """Build a library; what went wrong, or nothing."""
+def build_job(plan: MatmulPlan, directory: Path, compiler: str) -> tuple[str, str]:
+    """Build a library; what went wrong, or nothing, and the library's name."""
     try:
-        build_library(plan, directory, compiler)
+        made = build_library(plan, directory, compiler)
     except BitBLASError as error:
-        return str(error)
-    return ""
+        return str(error), ""
+    return "", str(made["library"])
 
 
 def turn_job(
@@ -178,7 +179,7 @@ class ChildBench:
     directory : Path
         Where libraries go; to be removed by the caller.
     compiler : str
-        Command of the C compiler that links them.
+        What `build.find_compiler` gave for the target.
     """
 
     def __init__(self, children: Children, directory: Path, compiler: str) -> None:
@@ -190,10 +191,11 @@ class ChildBench:
         """See `Workbench`."""
         rooms = [Path(tempfile.mkdtemp(dir=self._directory)) for _ in plans]
         jobs = [(plan, room, self._compiler) for plan, room in zip(plans, rooms, strict=True)]
-        for index, error in self._children.each(build_job, jobs, BUILD_SECONDS, go_on):
+        for index, done in self._children.each(build_job, jobs, BUILD_SECONDS, go_on):
+            error, library = (f"the build {done}", "") if isinstance(done, LostError) else done
             if not error:
-                self._built[plans[index]] = rooms[index] / LIBRARY
-            yield plans[index], f"the build {error}" if isinstance(error, LostError) else error
+                self._built[plans[index]] = rooms[index] / library
+            yield plans[index], error
 
     def library(self, plan: MatmulPlan) -> Path:
         """The library of a candidate that was built."""
@@ -253,9 +255,30 @@ def measure_module(mod: tvm.IRModule, problem: Problem) -> float:
         executable = compile_module(mod, problem.target)
     except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {problem.config} for {problem.target}", output=str(error)) from error
-    (name,) = (variable.name_hint for variable in mod.get_global_vars())
-    kernels = wrap_function(executable, name, problem.m)
+    ((variable, func),) = mod.functions_items()
+    if problem.target.kind == "cuda":
+        kernels = _kernels_of(executable, variable.name_hint, func, problem)
+    else:
+        kernels = wrap_function(executable, variable.name_hint, problem.m)
     return time_on(problem.target, kernels, problem.config, problem.layout, problem.m)
+
+
+def _kernels_of(executable: tvm.runtime.Executable, name: str, func: object, problem: Problem) -> Kernels:
+    """Load a described function for cards, which was compiled and is built now."""
+    from ..transform import read_description
+
+    found, target = read_description(func, problem.target), problem.target
+    if found is None:
+        raise BuildError(f"{name} has no description, which says what it needs beside its operands")
+    plan = MatmulPlan(problem.config, target, problem.layout, (KernelPlan(name, *found[1:], (problem.m,)),))
+    directory = this_process.scratch()
+    try:
+        compiler = find_compiler(target)
+        assert compiler is not None
+        write_cuda(executable.mod, directory / SOURCES["cuda"], directory / LIBRARY, compiler, target.arch)
+        return load_kernels(directory / LIBRARY, plan)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def num_builders() -> int:
@@ -267,9 +290,9 @@ def num_builders() -> int:
 
 
 @contextmanager
-def building(parallel: bool) -> Iterator[ChildBench | None]:
-    """Children that build libraries, and a place for those; None where there is no C compiler to link them."""
-    compiler = find_compiler()
+def building(parallel: bool, target: Target | None = None) -> Iterator[ChildBench | None]:
+    """Children that build libraries for a target, and a place for those; None where there is no C compiler to link them."""
+    compiler = find_compiler(target)
     if compiler is None:
         yield None
         return
@@ -289,9 +312,12 @@ def local_bench(target: Target, parallel: bool = True) -> Iterator[Workbench]:
     ------
     UnsupportedError
         This machine cannot run code for the target.
+    BuildError
+        It is a card, and nothing compiles for cards.
     """
     target.check_runnable()
-    with building(parallel) as bench:
+    device_of(target)
+    with building(parallel, target) as bench:
         if bench is None:
             warn_once(
                 "tuning in this process",

@@ -112,8 +112,9 @@ def test_the_device_of_a_target(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
         assert cards.device_of(CARD) == torch.device("cuda", expected)
     assert cards.device_of(Target("cuda", "sm_90a")) == torch.device("cuda", 2)
+    assert cards.device_of(Target("cuda", "sm_80")) == torch.device("cuda", 0)
     with pytest.raises(UnsupportedError):
-        cards.device_of(Target("cuda", "sm_80"))
+        cards.device_of(Target("cuda", "sm_89"))
 
 
 # -- the runner ------------------------------------------------------------------------------------------------------------
