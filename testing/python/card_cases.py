@@ -45,28 +45,27 @@ CONFIGS = (
 )
 
 
-def by_rule(target: Target) -> dict[str, tuple[MatmulConfig, int]]:
-    """For each rule that a target's plans take, the first of these problems that takes it, and its rows."""
+def by_rule(target: Target, few_rows: bool = False) -> dict[str, tuple[MatmulConfig, int]]:
+    """For each rule that a target's plans take, the first of these problems that takes it, and its most rows, or fewest."""
     found: dict[str, tuple[MatmulConfig, int]] = {}
     for config in CONFIGS:
         for kernel in plan_matmul(config, target).kernels:
-            m = kernel.buckets[-1]
+            m = kernel.buckets[0 if few_rows else -1]
             found.setdefault(kernel.rule, (replace(config, M=(m,)), m))
     return found
 
 
-def check(config: MatmulConfig, m: int) -> None:
-    """Run a config on the card for m rows, for fewer and for more, on what is exact and what is not."""
-    op = Matmul(config, target="cuda")
+def check(config: MatmulConfig, m: int, target: str = "cuda", device: str = "cuda") -> None:
+    """Run a config for m rows, for fewer and for more, on what is exact and what is not."""
+    op = Matmul(config, target=target)
     for exact in (False, True):
         problem = reference.draw(config, m + 1, exact=exact)
-        weight = op.transform_weight(problem.weights).cuda()
-        extras = {name: tensor.cuda() for name, tensor in problem.extras.items()}
+        weight = op.transform_weight(problem.weights).to(device)
+        extras = {name: tensor.to(device) for name, tensor in problem.extras.items()}
         for rows in {max(1, m - 1), m, m + 1}:
             part = replace(problem, A=problem.A[:rows])
-            out = op(part.A.cuda(), weight, **extras)
+            out = op(part.A.to(device), weight, **extras)
             (reference.assert_exact if exact else reference.assert_close)(out.cpu(), part)
-    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

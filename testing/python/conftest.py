@@ -25,7 +25,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--device",
         choices=devices.DEVICES,
-        help="where the tests of run/ run operators (cpu; with -m cuda: cuda); mirrored: this CPU, on copies",
+        help="where the tests of run/ run operators (cpu; with -m cuda: cuda); emulated: a card's text, on this CPU; mirrored: "
+        "this CPU, on copies",
     )
     group.addoption("--store", default=None, help="artifact store to use and keep; default: a fresh one for each run")
 
@@ -42,6 +43,8 @@ def pytest_configure(config):
     config.stash[_DEVICE] = devices.wanted(config.getoption("--device"), config.getoption("markexpr"))
     if config.stash[_DEVICE] != "cuda" or torch.cuda.is_available():
         devices.install(config.stash[_DEVICE])
+    if config.stash[_DEVICE] == "cpu":
+        os.environ.setdefault("BITBLAS_TARGET", "llvm")  # also where there is a card
     # Set before the workers of pytest-xdist start, which inherit it: they share one store and so each other's builds.
     if hasattr(config, "workerinput"):
         return

@@ -1,4 +1,4 @@
-"""On which device the tests of `run/` run operators: this CPU, its graphics card, or this CPU on copies of each tensor.
+"""On which device the tests of `run/` run operators: this CPU, a graphics card, or what stands for one on this CPU.
 
 The tests hand over tensors on the CPU. Where "this machine" is a card, an operator without a target, or for ``"llvm"``, is one
 for the card, and a call copies tensors there and back: with their strides, their distance from an aligned address and the
@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import tvm_ffi
 
-#: ``mirrored`` calls the CPU's kernels as a card's are called: it tests this module.
-DEVICES = ("cpu", "cuda", "mirrored")
+#: ``emulated`` runs the text for cards in the emulator, which takes seconds for each operator. ``mirrored`` calls the CPU's
+#: kernels as a card's are called: it tests this module.
+DEVICES = ("cpu", "cuda", "emulated", "mirrored")
+#: The card that is emulated.
+EMULATED = "cuda -arch=sm_80"
 
 #: Files, or tests of them, that are not run on cards, and why.
 NOT_ON_CARDS = {
@@ -159,22 +166,97 @@ def install(device: str, targets: Iterable[object] = _THIS_MACHINE) -> None:
     _current[0] = device
     if device == "cpu":
         return
-    if device == "cuda":
-        _redirect(tuple(targets))
+    if device in ("cuda", "emulated"):
+        _redirect(tuple(targets), "cuda" if device == "cuda" else EMULATED)
+    if device == "emulated":
+        emulate(setattr)
+        return
     place = torch.device("cuda" if device == "cuda" else "cpu")
     bitblas.Matmul.forward = bitblas.Matmul.__call__ = mirrored_call(bitblas.Matmul.forward, place)
 
 
-def _redirect(names: tuple[object, ...]) -> None:
-    """Resolve the names of this machine to its card, in every module that asks for a target."""
+def _redirect(names: tuple[object, ...], card: str) -> None:
+    """Resolve the names of this machine to a card, in every module that asks for a target."""
     from bitblas import target
 
     real = target.resolve_target
 
     @functools.wraps(real)
     def resolve(asked: object = None) -> target.Target:
-        return real("cuda" if isinstance(asked, str | None) and asked in names else asked)
+        return real(card if isinstance(asked, str | None) and asked in names else asked)
 
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "bitblas" and getattr(module, "resolve_target", None) is real:
             module.resolve_target = resolve
+
+
+# -- the emulator ----------------------------------------------------------------------------------------------------------
+
+
+class _Checked:
+    """A library of the emulator, of which each call is watched for accesses beside its tensors."""
+
+    def __init__(self, library: object) -> None:
+        self._library = library
+
+    def __getitem__(self, name: str) -> Callable[..., None]:
+        import emulator
+
+        function = self._library[name]
+        return lambda *operands: emulator.run(function, *operands, seeds=(0,))
+
+
+class _Rooms:
+    """Room to share sums in: of any content; counters are 0 before and, which is looked at here, after each kernel."""
+
+    def __init__(self) -> None:
+        self._counters = torch.zeros(0, dtype=torch.int32)
+
+    def get(self, device: int, num_sums: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert not self._counters.any(), "a kernel has left a counter that is not 0"
+        self._counters = torch.zeros(num_counters, dtype=torch.int32, device="cpu")
+        return torch.full((num_sums,), torch.nan, device="cpu"), self._counters
+
+
+def emulate(replace: Callable[[object, str, object], None]) -> None:
+    """Let operators for cards be built for the emulator and take tensors on the CPU.
+
+    What is replaced: nvcc, the loader, the room for sums, and of the door the device. All else is what cards get.
+
+    Parameters
+    ----------
+    replace : callable
+        Sets an attribute of a module: `setattr`, or that of a monkeypatch.
+    """
+    import emulator
+
+    from bitblas import build, env, runtime
+    from bitblas.cuda import compile as cuda_compile
+    from bitblas.ops import matmul
+    from bitblas.ops.arguments import Door
+    from bitblas.ops.cuda_arguments import ALIGNMENT, CudaDoor
+
+    class EmulatedDoor(CudaDoor):
+        device = "cpu"
+
+        def enter(self, *arguments: object) -> tuple[int, list[torch.Tensor], torch.Tensor]:
+            m, operands, out = Door.enter(self, *arguments)
+            return m, [t.clone() if t.data_ptr() % ALIGNMENT else t for t in operands], out
+
+    def compile_library(_: str, source: Path, library: Path, arch: str) -> dict[str, object]:
+        rooms = env.CACHE_DIR.get() / "emulator"
+        rooms.mkdir(exist_ok=True)
+        shutil.copy(emulator.build(source.read_text(), rooms, arch), library)
+        return {}
+
+    def load_module(path: str) -> _Checked:
+        emulator.load(next((env.CACHE_DIR.get() / "emulator").glob("[!l]*.so")))  # and with it what all of them need
+        return _Checked(tvm_ffi.load_module(path))
+
+    replace(cuda_compile, "find_cuda_compiler", lambda: "the emulator")
+    replace(cuda_compile, "compile_library", compile_library)
+    replace(cuda_compile, "nvcc_version", lambda _: "")
+    replace(runtime, "tvm_ffi", SimpleNamespace(load_module=load_module))
+    replace(runtime, "workspaces", _Rooms())
+    replace(matmul, "CudaDoor", EmulatedDoor)
+    replace(build, "find_cuda_compiler", cuda_compile.find_cuda_compiler)
