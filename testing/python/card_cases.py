@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-import torch
-
 import reference
 from bitblas import Matmul, MatmulConfig
+from bitblas.errors import UnsupportedError
 from bitblas.plan import plan_matmul
 from bitblas.target import Target, resolve_target
 
@@ -49,7 +48,11 @@ def by_rule(target: Target, few_rows: bool = False) -> dict[str, tuple[MatmulCon
     """For each rule that a target's plans take, the first of these problems that takes it, and its most rows, or fewest."""
     found: dict[str, tuple[MatmulConfig, int]] = {}
     for config in CONFIGS:
-        for kernel in plan_matmul(config, target).kernels:
+        try:
+            kernels = plan_matmul(config, target).kernels
+        except UnsupportedError:
+            continue
+        for kernel in kernels:
             m = kernel.buckets[0 if few_rows else -1]
             found.setdefault(kernel.rule, (replace(config, M=(m,)), m))
     return found
