@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,7 @@ sys.path[:0] = [
     str(Path(__file__).parents[1]),
 ]  # for `import reference` and `import emulator`
 
-import devices
+import devices  # noqa: E402 - found by the path above
 
 _MADE_STORE = pytest.StashKey[Path]()
 _DEVICE = pytest.StashKey[str]()
@@ -75,6 +76,9 @@ def pytest_collection_modifyitems(config, items):
         if device != "cpu" and elsewhere and not about_cards:
             left_out.append(item)
             continue
+        if item.get_closest_marker("exhaustive") and not re.search(r"\b(slow|exhaustive)\b", config.option.markexpr):
+            left_out.append(item)
+            continue
         kept.append(item)
         if about_cards or device == "cuda":
             item.add_marker(pytest.mark.cuda)
@@ -107,3 +111,17 @@ def build():
     import bitblas
 
     return functools.cache(lambda config, target="llvm": bitblas.Matmul(config, target=target))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """Operators for cards run in the emulator; they have the keys of what nvcc builds, and so a store of their own."""
+    from bitblas import env
+
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("store")
+        path.chmod(0o700)
+        patch.setenv("BITBLAS_CACHE_DIR", str(path))
+        devices.emulate(patch.setattr)
+        with env.scope(BITBLAS_CACHE_DIR=path):
+            yield

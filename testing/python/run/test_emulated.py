@@ -6,7 +6,7 @@ import torch
 import card_cases
 import devices
 import reference
-from bitblas import ArgumentError, Matmul, MatmulConfig, env
+from bitblas import ArgumentError, Matmul, MatmulConfig
 from bitblas.schedule import RULES
 from bitblas.target import resolve_target
 
@@ -15,16 +15,7 @@ pytest.importorskip("emulator")
 RULE_NAMES = [rule.name for rule in RULES if rule.target_kind == "cuda"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
-    """What it builds has the keys of what nvcc builds, so that it needs a store of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        store = tmp_path_factory.mktemp("store")
-        store.chmod(0o700)
-        patch.setenv("BITBLAS_CACHE_DIR", str(store))
-        devices.emulate(patch.setattr)
-        with env.scope(BITBLAS_CACHE_DIR=store):
-            yield
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 @pytest.mark.slow
