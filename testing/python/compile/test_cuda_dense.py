@@ -4,10 +4,11 @@ import gc
 import itertools
 
 import pytest
-import reference
 import torch
 import tvm
+from testing import emulator
 
+import reference
 from bitblas import MatmulConfig, build, packing
 from bitblas.cuda.dense import DenseMatmul
 from bitblas.cuda.source import cuda_source
@@ -17,7 +18,6 @@ from bitblas.schedule import Problem, cuda
 from bitblas.schedule.cuda.dense import DenseRule, is_dense
 from bitblas.target import resolve_target
 from bitblas.transform import described_func
-from testing import emulator
 
 TARGET = resolve_target("cuda -arch=sm_80")
 BASE = {"M": 2048, "out_dtype": "float16", "A_dtype": "float16", "accum_dtype": "float32"}
