@@ -669,6 +669,18 @@ _FAULTS = {
         "out[threadIdx.x] = __shfl_sync(1, in[threadIdx.x], 0);",
         "which its mask .* not name",
     ),
+    "vectors in one place": (
+        "__shared__ uint4 tile[64]; tile[threadIdx.x & 62] = make_uint4(1, 2, 3, threadIdx.x);",
+        "race: byte .* written by .* in line 6 .* written by .* in line 6",
+    ),
+    "structs in one place": (
+        "struct Big { int x[64]; }; __shared__ Big tile[2]; Big own; own.x[0] = 1; tile[threadIdx.x / 32] = own;",
+        "race: byte .* written by .* in line 6 .* written by .* in line 6",
+    ),
+    "atomics and a plain write": (
+        "__shared__ int n; n = 0; __syncthreads(); if (threadIdx.x == 40) n = 3; else atomicAdd(&n, 1);",
+        "race: byte .* written by .* written by",
+    ),
     "a misaligned vector": ("((float4*)out)[0] = *(const float4*)(in + 1);", "line 6: .* misaligned"),
     "a misaligned asm vector": (
         'float a, b; asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(a), "=f"(b) : "l"(in + 1)); *out = a + b;',
