@@ -320,9 +320,9 @@ class Matmul(WithWeights, WithFacts):
         return self._time_rows(self._provide(), m) * 1e3
 
     def _time_rows(self, kernels: Kernels, m: int) -> float:
-        from ..measuring import time_kernels
+        from ..cards import time_on
 
-        return time_kernels(kernels, self.config, self.layout, m)
+        return time_on(self.target, kernels, self.config, self.layout, m)
 
     @property
     def lib(self) -> object:
