@@ -18,6 +18,7 @@ from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
+from .storage import placed_dtype, store_as, widen
 from .streams import WORD_BYTES, join_bytes, period, stream_code, stream_words, word_code
 from .threads import thread_decoder
 
@@ -134,7 +135,7 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     cfg = expr.config
     m = te.var("m")
     rows = _round_up(m, expr.row_multiple)
-    A = te.placeholder((m, cfg.K), cfg.activation_dtype, name="A")
+    A = te.placeholder((m, cfg.K), placed_dtype(cfg.activation_dtype, expr.threads), name="A")
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     if expr.streams_words:  # the same bytes: a compiled operator does not look at dtypes
         W = te.placeholder((expr.layout.num_bytes // WORD_BYTES,), "int32", name="W")
@@ -150,8 +151,9 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     row_sum = None
     if needs_row_sum(cfg, expr.dot):
         row_sum = _row_sum(expr, given if expr.dot == "bf16" else activation, rows)
-    bias = te.placeholder((cfg.N,), cfg.bias_dtype, name="bias") if cfg.with_bias else None
-    if bias is not None:
+    bias = None
+    if cfg.with_bias:
+        bias = te.placeholder((cfg.N,), placed_dtype(cfg.bias_dtype, expr.threads), name="bias")
         arguments.append(bias)
     # what scales a whole row waits for the sum of all chunks; so does a column's scale where that sum is one of integers
     row_scale = quantized.scale if quantized is not None and cfg.activation_groups == 1 else None
@@ -170,8 +172,9 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
         if bias is not None:
             if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
                 dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
-            value = value.astype(dtype) + bias[n].astype(dtype)
-        return _store_as(value, dtype, cfg.out_dtype, expr.threads)
+            added = widen(bias[n]) if bias.dtype == "uint16" else bias[n]
+            value = value.astype(dtype) + added.astype(dtype)
+        return store_as(value, dtype, cfg.out_dtype, expr.threads)
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
@@ -194,8 +197,10 @@ def _given(
 
     def convert(found: Expr, i: Expr, k: Expr) -> Expr:
         if quantized is not None:
-            return quantized.quantize(found.astype("float32"), i, k).astype(dtype)
-        return decode_float8(fmt, found.astype("int32"), expr.threads) if fmt.kind == "float8" else found.astype(dtype)
+            return quantized.quantize(widen(found), i, k).astype(dtype)
+        if fmt.kind == "float8":
+            return decode_float8(fmt, found.astype("int32"), expr.threads)
+        return found.astype(dtype) if dtype == "int8" else widen(found)
 
     def value(i: Expr, k: Expr) -> Expr:
         return convert(element(i, k), i, k)
@@ -368,20 +373,18 @@ def _column(expr: MatmulExpr, n: Expr) -> Expr:
 
 def _scale(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
     cfg = expr.config
-    S = te.placeholder((cfg.N, cfg.num_groups), cfg.scale_dtype, name="S")
+    S = te.placeholder((cfg.N, cfg.num_groups), placed_dtype(cfg.scale_dtype, expr.threads), name="S")
     arguments.append(S)
-    return te.compute(
-        (cfg.num_groups, expr.padded_n), lambda g, n: S[_column(expr, n), g].astype("float32"), name="scale"
-    )
+    return te.compute((cfg.num_groups, expr.padded_n), lambda g, n: widen(S[_column(expr, n), g]), name="scale")
 
 
 def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
     cfg, bits = expr.config, expr.config.format.bits
     shape = (cfg.num_groups, expr.padded_n)
     if not cfg.zeros_packed:
-        Z = te.placeholder((cfg.N, cfg.num_groups), cfg.scale_dtype, name="Z")
+        Z = te.placeholder((cfg.N, cfg.num_groups), placed_dtype(cfg.scale_dtype, expr.threads), name="Z")
         arguments.append(Z)
-        return te.compute(shape, lambda g, n: Z[_column(expr, n), g].astype("float32"), name="zero")
+        return te.compute(shape, lambda g, n: widen(Z[_column(expr, n), g]), name="zero")
     row_bytes = (cfg.N * bits + 7) // 8
     Z = te.placeholder((cfg.num_groups * row_bytes,), "int8", name="Z")
     arguments.append(Z)
@@ -494,26 +497,3 @@ def _row_total(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
         return join_slices([row_sum[i, at, c] for at in range(expr.slices)]) * steps[i, c]
 
     return te.compute((rows, expr.padded_k // expr.chunk), total, name="row_total")
-
-
-def _store_as(value: Expr, dtype: str, out_dtype: str, threads: bool) -> Expr:
-    """Convert the accumulated `value` of `dtype`.
-
-    To integers it rounds to nearest, ties to even, and saturates; to floats a NaN stays one. float64 goes by way of float32,
-    which every machine can round to 16 bits.
-    """
-    if dtype == "float64" and out_dtype in ("float16", "bfloat16"):
-        value = value.astype("float32")
-    if out_dtype == "bfloat16" and not threads:  # rounding a NaN whose bits are all ones would carry into the sign
-        value = value.astype("float32")
-        nan = tirx.reinterpret("float32", tirx.const(0x7FC00000, "int32"))
-        return tirx.Select(tirx.isnan(value), nan, value).astype(out_dtype)
-    if out_dtype not in ("int8", "int32") or dtype == out_dtype:
-        return value.astype(out_dtype)
-    low, high = (-128, 127) if out_dtype == "int8" else (-(2**31), 2**31 - 1)
-    if dtype.startswith("int"):
-        return te.max(te.min(value, tirx.const(high, dtype)), tirx.const(low, dtype)).astype(out_dtype)
-    # in float64 both ends are exact
-    rounded = tirx.nearbyint(value.astype("float64"))
-    whole = te.max(te.min(rounded, tirx.const(float(high), "float64")), tirx.const(float(low), "float64"))
-    return whole.astype("int32").astype(out_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...config import MatmulConfig
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 WARP = 32
 
-#: Rows up to which lanes share out k.
-GEMV_ROWS = 8
+#: Rows up to which lanes share out k, and those that a thread takes at most: eight would not fit the registers.
+GEMV_ROWS, _THREAD_ROWS = 8, 4
 
 #: A chunk that is shorter than this, beside a group that is longer, is worth a last chunk that is not full.
 _SHORTEST_CHUNK = 8
@@ -111,14 +111,16 @@ class ThreadGemvRule(ScheduleRule[ThreadTiling]):
     def tilings(self, problem: Problem) -> list[ThreadTiling]:
         """See `ScheduleRule`."""
         bits = problem.layout.bits
-        block_k = min(64, max(16, _LOAD_BITS // bits if _LOAD_BITS % bits == 0 else WARP))
+        longest = 64 if problem.m == 1 else WARP
+        block_k = min(longest, max(16, _LOAD_BITS // bits if _LOAD_BITS % bits == 0 else WARP))
+        rows = -(-problem.m // -(-problem.m // _THREAD_ROWS))
         found = []
         for thread_n, warps, lanes in self._shapes(problem):
-            probe = ThreadTiling(problem.m, thread_n * warps, block_k, problem.m, thread_n)
+            probe = ThreadTiling(rows, thread_n * warps, block_k, rows, thread_n)
             chunks = -(-problem.config.K // probe.chunk(problem.config, problem.layout))
             while lanes > chunks:
                 lanes //= 2
-            tiling = ThreadTiling(problem.m, thread_n * warps, block_k, problem.m, thread_n, lanes)
+            tiling = replace(probe, lanes=lanes)
             if tiling not in found:
                 found.append(tiling)
         return found
