@@ -11,15 +11,25 @@ from tvm.ir import Expr
 
 from ..config import MatmulConfig
 from ..formats import parse_format
-from ..layout import LANES, QUAD, UNIT, PackedLayout
+from ..layout import LANES, QUAD, PackedLayout
 from .absmax import absmax_bits
+from .bytes import activation_words, dot_products, dot_row_sum, weight_words
 from .decode import decode, decode_float8
 from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
 from .storage import placed_dtype, store_as, widen
-from .streams import WORD_BYTES, join_bytes, period, stream_code, stream_words, word_code
+from .streams import (
+    WORD_BYTES,
+    join_bytes,
+    lane_code,
+    period,
+    row_code,
+    stream_code,
+    stream_words,
+    word_code,
+)
 from .threads import thread_decoder
 
 
@@ -129,8 +139,8 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     """Build the function (A, W, [scale], [zeros], [bias], out).
 
     Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,), or the same as int32 where
-    `streams_words`; scale (N, K/g) and zeros (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N)
-    out_dtype.
+    `streams_words`; scale (N, K/g) and zeros (N, K/g) in
+    `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N) out_dtype.
     """
     cfg = expr.config
     m = te.var("m")
@@ -185,9 +195,7 @@ def _times(factor: Expr | None, other: Expr) -> Expr:
     return other if factor is None else factor * other
 
 
-def _given(
-    expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None, rows: Expr
-) -> Callable[[Expr, Expr], Expr]:
+def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None, rows: Expr) -> Callable[[Expr, Expr], Expr]:
     """Elements of A: float32, or int8 where they are; rows beyond M repeat the last, k beyond K are 0."""
     cfg, dtype = expr.config, "int8" if expr.sums_integers and not expr.slices else "float32"
     fmt = parse_format(cfg.A_dtype)
@@ -221,7 +229,9 @@ def _given(
 
 
 def _activation(expr: MatmulExpr, given: Callable[[Expr, Expr], Expr], rows: Expr) -> te.Tensor:
-    """Block activation: float32 or int8, (rows, K), or pairs of bfloat16, (rows, K / 2)."""
+    """Block activation: float32 or int8, (rows, K), pairs of bfloat16, (rows, K / 2), or words of int8, (rows, K / 4)."""
+    if expr.dot and expr.threads:
+        return activation_words(expr.layout.bits, given, rows, expr.padded_k)
     if expr.dot != "bf16":
         return te.compute((rows, expr.padded_k), given, name="activation")
 
@@ -258,6 +268,10 @@ def _products(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr)
 
 def _dots(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr) -> te.Tensor:
     """Blocks words*, decode, matmul: sums of int32 products over chunks, (chunks, rows[, slices], padded N)."""
+    shape: tuple[Any, ...] = (expr.padded_k, expr.padded_n)
+    if expr.threads:
+        decoded = weight_words(expr.config.format, _stream_words(expr, W), shape)
+        return dot_products(expr.chunk, activation, decoded, rows, shape)
     words = [_words(expr, W, index) for index in range(len(expr.layout.planes))]
     quads = te.compute(
         (expr.padded_k // QUAD, expr.padded_n),
@@ -301,25 +315,31 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     """Blocks words*, unpack, decode: (K, padded N) float32."""
     cfg, layout, fmt = expr.config, expr.layout, expr.config.format
     if expr.streams_words:
-        stream = stream_words(W, expr.padded_n, layout.row_bytes // WORD_BYTES, layout.bits, lambda n: _column(expr, n))
+        stream = _stream_words(expr, W)
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n), lambda k, n: word_code(stream, n, k, layout.bits), name="unpack"
         )
     elif layout.name == "packed":
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n),
-            lambda k, n: _row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
+            lambda k, n: row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
             name="unpack",
         )
     else:
         words = [_words(expr, W, index) for index in range(len(layout.planes))]
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n),
-            lambda k, n: _lane_code(layout, words, expr.whole_words, n, k),
+            lambda k, n: lane_code(layout, words, expr.whole_words, n, k),
             name="unpack",
         )
     decoder = thread_decoder(fmt) if expr.threads else lambda code: decode(fmt, code)
     return te.compute((expr.padded_k, expr.padded_n), lambda k, n: decoder(unpacked[k, n]), name="decode")
+
+
+def _stream_words(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
+    """Block words, of a row-wise bit stream."""
+    layout = expr.layout
+    return stream_words(W, expr.padded_n, layout.row_bytes // WORD_BYTES, layout.bits, lambda n: _column(expr, n))
 
 
 def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
@@ -342,28 +362,6 @@ def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
 
     words_along_k = expr.padded_k // (plane.codes_per_word if expr.whole_words else 1)
     return te.compute((words_along_k, expr.padded_n), word, name=f"words{index}")
-
-
-def _lane_code(layout: PackedLayout, words: list[te.Tensor], whole_words: bool, n: Expr, k: Expr) -> Expr:
-    """The code of (n, k) in its lowest bits; the top plane is not masked, `decode` does that."""
-    code: Expr | None = None
-    for plane, word in zip(layout.planes, words, strict=True):
-        if plane.width >= 8:
-            return word[k, n]
-        part = tirx.shift_right(word[k // UNIT if whole_words else k, n], k % UNIT * plane.width)
-        if plane is not layout.planes[-1] and plane.low_bit + plane.width < layout.bits:
-            part = tirx.bitwise_and(part, tirx.const((1 << plane.width) - 1, "int32"))
-        part = tirx.shift_left(part, tirx.const(plane.low_bit, "int32")) if plane.low_bit else part
-        code = part if code is None else tirx.bitwise_or(code, part)
-    return code
-
-
-def _row_code(layout: PackedLayout, W: te.Tensor, n: Expr, k: Expr) -> Expr:
-    """The code of (n, k) of a row-wise bit stream."""
-    if layout.bits >= 8:
-        step = layout.bits // 8
-        return join_bytes([W[n * layout.row_bytes + k * step + j] for j in range(step)])
-    return stream_code(W, n * layout.row_bytes, k, layout.bits, layout.num_bytes)
 
 
 def _column(expr: MatmulExpr, n: Expr) -> Expr:
@@ -399,6 +397,8 @@ def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
 def _row_sum(expr: MatmulExpr, activation: Callable[..., Expr], rows: Expr) -> te.Tensor:
     """Σ of a chunk of a row; over 16 lanes first, where it divides, because a float sum may not be reordered later."""
     chunk, chunks = expr.chunk, expr.padded_k // expr.chunk
+    if expr.dot and expr.threads:
+        return dot_row_sum(chunk, activation, rows, expr.padded_k)
     dtype, shape = "int32" if expr.sums_integers else "float32", _row_shape(expr, rows)
     if chunk % LANES or expr.threads:
         k = te.reduce_axis((0, chunk), name="k")

@@ -54,9 +54,7 @@ class Quantizer:
         # of a NaN no integer is made, which nobody defines; TVM vectorizes neither isnan nor its own nearbyint
         number = scaled >= tirx.const(-_LARGEST - 1, "float32")
         whole = (
-            tirx.nearbyint(scaled)
-            if self.threads
-            else tirx.call_llvm_pure_intrin("float32", "llvm.nearbyint", scaled)
+            tirx.nearbyint(scaled) if self.threads else tirx.call_llvm_pure_intrin("float32", "llvm.nearbyint", scaled)
         )
         return tirx.Select(number, whole, tirx.const(0.0, "float32"))
 

@@ -43,11 +43,14 @@ class ThreadTiling(Tiling):
         Divisors of block_m and block_n.
     lanes : int
         Threads that share out the chunks of k, a power of two of at most 1024; 1 where operands are shared instead.
+    dot : str
+        ``"s8s8"`` where products of int8 and of integer weights are summed by `__dp4a`, in int32; else they are float32.
     """
 
     thread_m: int = 1
     thread_n: int = 1
     lanes: int = 1
+    dot: str = ""
 
     kind: ClassVar[str] = "threads"
 
@@ -73,6 +76,7 @@ class ThreadTiling(Tiling):
             "lane_multiple": self.block_n,
             "chunk": self.chunk(config, layout),
             "chunk_multiple": self.lanes,
+            "dot": self.dot,
             "threads": True,
         }
 
@@ -85,7 +89,7 @@ class ThreadTiling(Tiling):
         unit = word_unit(layout.bits)
         unit = unit if group % unit == 0 and unit <= self.block_k else 1
         found = unit * largest_divisor(group // unit, self.block_k // unit)
-        if found >= min(_SHORTEST_CHUNK, group) or group < config.K:
+        if found >= min(_SHORTEST_CHUNK, group) or group < config.K or self.dot:
             return found
         return -(-group // -(-group // self.block_k) // _SHORTEST_CHUNK) * _SHORTEST_CHUNK
 
@@ -93,6 +97,13 @@ class ThreadTiling(Tiling):
 def word_unit(bits: int) -> int:
     """Fewest consecutive k of a row-wise bit stream that are whole words of 32 bits."""
     return 32 // math.gcd(32, bits)
+
+
+def dot_of(problem: Problem) -> str:
+    """How products are summed: as bytes, where they are integers and groups are whole words of codes."""
+    config, unit = problem.config, word_unit(problem.layout.bits)
+    group = config.group if config.is_grouped else config.K
+    return "s8s8" if config.integer_products and group % unit == 0 else ""
 
 
 class ThreadGemvRule(ScheduleRule[ThreadTiling]):
@@ -116,7 +127,7 @@ class ThreadGemvRule(ScheduleRule[ThreadTiling]):
         rows = -(-problem.m // -(-problem.m // _THREAD_ROWS))
         found = []
         for thread_n, warps, lanes in self._shapes(problem):
-            probe = ThreadTiling(rows, thread_n * warps, block_k, rows, thread_n)
+            probe = ThreadTiling(rows, thread_n * warps, block_k, rows, thread_n, dot=dot_of(problem))
             chunks = -(-problem.config.K // probe.chunk(problem.config, problem.layout))
             while lanes > chunks:
                 lanes //= 2
@@ -132,7 +143,7 @@ class ThreadGemvRule(ScheduleRule[ThreadTiling]):
         shapes = [(2, 4, WARP), (4, 4, WARP), (1, 8, WARP), (2, 8, WARP), (1, 4, WARP)]
         if not problem.config.dynamic_quantization:  # whose maxima are found by warps
             shapes += [(1, 2, 2 * WARP), (1, 1, 4 * WARP)]
-        enough = [shape for shape in shapes if problem.config.N >= wanted * shape[0] * shape[1]]
+        enough = [shape for shape in shapes if wanted * shape[0] * shape[1] <= problem.config.N]
         return enough + [shape for shape in reversed(shapes) if shape not in enough]
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: ThreadTiling) -> tirx.PrimFunc:
@@ -162,7 +173,9 @@ class ThreadRule(ScheduleRule[ThreadTiling]):
 
         enough = [shape for shape in self.shapes if blocks(shape) >= wanted and shape[0] < 2 * problem.m]
         order = enough + [shape for shape in reversed(self.shapes) if shape not in enough]
-        return [ThreadTiling(m, n, WARP, thread_m, thread_n) for m, n, thread_m, thread_n in order]
+        dot = dot_of(problem)
+        block_k = 4 * WARP if dot else WARP
+        return [ThreadTiling(m, n, block_k, thread_m, thread_n, dot=dot) for m, n, thread_m, thread_n in order]
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: ThreadTiling) -> tirx.PrimFunc:
         """See `ScheduleRule`."""
