@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from . import env
 from ._version import __version__
+from .cuda.compile import Compiled, find_cuda_compiler, write_cuda
 from .errors import BuildError
 from .logs import progress
 from .plan import MatmulPlan
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     import tvm
 
 
-#: Files of an artifact.
-LIBRARY, SCRIPT, SOURCE = "kernel.so", "schedule.py", "kernel.ll"
+#: Files of an artifact: its library, the scheduled module, and the generated code by kind of target.
+LIBRARY, SCRIPT = "kernel.so", "schedule.py"
+SOURCES = {"llvm": "kernel.ll", "cuda": "kernel.cu"}
 
 #: The distribution that compiles; a machine that only loads artifacts does without.
 COMPILER = "apache-tvm"
@@ -36,14 +38,22 @@ COMPILE_STEPS = ("loading TVM", "scheduling", "compiling")
 _COMPILERS = ("cc", "gcc", "clang")
 
 
-def find_compiler() -> str | None:
-    """Command of the C compiler that links CPU libraries: BITBLAS_CC, else the first of cc, gcc, clang on the PATH; or None.
+def find_compiler(target: Target | None = None) -> str | None:
+    """What makes libraries for a target, a CPU where none is given.
+
+    Returns
+    -------
+    str or None
+        The command of the C compiler that links CPU libraries: BITBLAS_CC, else the first of cc, gcc, clang on the PATH, else
+        None. For CUDA the command of nvcc (`cuda.nvcc.find_nvcc`), else the path of the library of NVRTC.
 
     Raises
     ------
     BuildError
-        BITBLAS_CC names a program that is not there.
+        BITBLAS_CC or BITBLAS_NVCC names a program that is not there, or nothing compiles CUDA.
     """
+    if target is not None and target.kind == "cuda":
+        return find_cuda_compiler()
     named = env.CC.get()
     if named:
         try:
@@ -73,7 +83,7 @@ def _generator_digest() -> str:
     package = Path(__file__).parent
     names = ("formats", "machines", "target", "config", "layout", "transform", "plan", "lowering", "build")
     modules = [package / f"{name}.py" for name in names]
-    modules += [path for room in ("expr", "schedule") for path in sorted((package / room).rglob("*.py"))]
+    modules += [path for room in ("expr", "schedule", "cuda") for path in sorted((package / room).rglob("*.py"))]
     digest = hashlib.sha256()
     for path in modules:
         digest.update(path.read_bytes())
@@ -125,13 +135,7 @@ def compile_plan(
         TVM is not installed, or fails.
     """
     step("loading TVM")
-    try:
-        import tvm  # noqa: F401 - to find out whether it can be
-    except ImportError as error:
-        raise BuildError(
-            f"compiling an operator needs TVM, which cannot be imported ({error}); install it with: "
-            "pip install 'apache-tvm>=0.27,<0.28' 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
-        ) from error
+    _check_tvm()
     try:
         step("scheduling")
         mod = scheduled_module(plan)
@@ -139,6 +143,16 @@ def compile_plan(
         return compile_module(mod, plan.target), mod.script()
     except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {plan.config} for {plan.target}", output=str(error)) from error
+
+
+def _check_tvm() -> None:
+    try:
+        import tvm  # noqa: F401 - to find out whether it can be
+    except ImportError as error:
+        raise BuildError(
+            f"compiling an operator needs TVM, which cannot be imported ({error}); install it with: "
+            "pip install 'apache-tvm>=0.27,<0.28' 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
+        ) from error
 
 
 def compile_module(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
@@ -152,24 +166,57 @@ def compile_module(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
         return tvm.compile(mod, target=target.as_tvm(), tir_pipeline=PIPELINE)
 
 
-def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> None:
+def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> dict[str, object]:
     """Compile `plan` and write its library, its source and its scheduled script into `directory`.
+
+    Parameters
+    ----------
+    plan : MatmulPlan
+        What to compile.
+    directory : Path
+        Where to.
+    compiler : str
+        What `find_compiler` gave for the plan's target.
+
+    Returns
+    -------
+    dict
+        For the manifest, as JSON values: ``"library"``, the name of the library among the files, and what made it.
 
     Raises
     ------
     BuildError
-        TVM or the C compiler failed; with the command and its output.
+        TVM or the compiler failed; with the command and its output.
+    UnsupportedError
+        nvcc is too new for the card.
     """
     with progress(f"building {plan.describe()}", len(COMPILE_STEPS) + 1) as step:
+        if plan.target.kind == "cuda":
+            return _build_cuda(plan, directory, compiler, step)
         executable, script = compile_plan(plan, step)
+        (directory / SCRIPT).write_text(script)
         step("linking")
-        _write(executable, script, directory, compiler)
+        (directory / SOURCES["llvm"]).write_text(executable.mod.inspect_source("ll"))
+        executable.export_library(str(directory / LIBRARY), fcompile=_linker(compiler))
+        return {"library": LIBRARY, "linker": compiler}
 
 
-def _write(executable: tvm.runtime.Executable, script: str, directory: Path, compiler: str) -> None:
+def _build_cuda(plan: MatmulPlan, directory: Path, compiler: str, step: Callable[[str], None]) -> dict[str, object]:
+    compiled, script = compile_cuda(plan, step)
     (directory / SCRIPT).write_text(script)
-    (directory / SOURCE).write_text(executable.mod.inspect_source("ll"))
-    executable.export_library(str(directory / LIBRARY), fcompile=_linker(compiler))
+    step("linking")
+    return write_cuda(compiled, directory / SOURCES["cuda"], directory / LIBRARY, compiler)
+
+
+def compile_cuda(plan: MatmulPlan, step: Callable[[str], None] = lambda name: None) -> tuple[Compiled, str]:
+    """`compile_plan` for a card, with what the text does not tell a program: how kernels are launched."""
+    step("loading TVM")
+    _check_tvm()
+    from .lowering import keep_host_functions
+
+    with keep_host_functions() as hosts:
+        executable, script = compile_plan(plan, lambda name: None if name == "loading TVM" else step(name))
+    return Compiled(executable.mod, hosts[-1], plan.target.arch), script
 
 
 def _linker(compiler: str) -> Callable[..., None]:

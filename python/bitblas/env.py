@@ -97,9 +97,12 @@ TARGET = Variable(
 CACHE_DIR = Variable("BITBLAS_CACHE_DIR", _PATH, "~/.cache/bitblas", "where compiled operators are kept")
 LOG_LEVEL = Variable("BITBLAS_LOG_LEVEL", _LEVEL, "WARNING", "how much bitblas logs")
 CC = Variable("BITBLAS_CC", _TEXT, "", "the C compiler that links CPU operators; empty: the first of cc, gcc, clang")
+NVCC = Variable(
+    "BITBLAS_NVCC", _TEXT, "", "the CUDA compiler; empty: the first nvcc on the PATH, in a CUDA directory, or of PyPI"
+)
 KEEP_BUILD = Variable("BITBLAS_KEEP_BUILD", _BOOL, "0", "keep the files of a build that failed")
 
-VARIABLES: tuple[Variable, ...] = (TARGET, CACHE_DIR, LOG_LEVEL, CC, KEEP_BUILD)
+VARIABLES: tuple[Variable, ...] = (TARGET, CACHE_DIR, LOG_LEVEL, CC, NVCC, KEEP_BUILD)
 
 
 def settings() -> list[Setting]:

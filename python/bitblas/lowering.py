@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import tvm
@@ -33,11 +36,34 @@ def _relax(stmt: tirx.Stmt) -> tirx.Stmt:
     return tirx.AttrStmt(stmt.node, stmt.attr_key, value, _relax(stmt.body))
 
 
+#: Takes the host functions of modules that are compiled, as they are before their built-ins are lowered.
+_taker: ContextVar[list[tvm.IRModule] | None] = ContextVar("host functions", default=None)
+
+
+@contextmanager
+def keep_host_functions() -> Iterator[list[tvm.IRModule]]:
+    """Collect the host functions of what is compiled inside of a `with` block: they say how kernels are launched."""
+    found: list[tvm.IRModule] = []
+    token = _taker.set(found)
+    try:
+        yield found
+    finally:
+        _taker.reset(token)
+
+
+@tvm.transform.module_pass(opt_level=0, name="bitblas.KeepHostFunctions")
+def _keep_host(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    taker = _taker.get()
+    if taker is not None:
+        taker.append(mod)
+    return mod
+
+
 def _pipeline() -> tuple[Any, Any, Any]:
     lower, finalize_host, finalize_device = default_s_tir_pipeline()
 
     def finalize() -> tvm.transform.Pass:
-        return tvm.transform.Sequential([_relax_alignment, finalize_host()])
+        return tvm.transform.Sequential([_keep_host, _relax_alignment, finalize_host()])
 
     return lower, finalize, finalize_device
 

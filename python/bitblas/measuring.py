@@ -28,6 +28,7 @@ ROTATED_BYTES = 256 << 20
 #: Copies of a weight at most: the call costs more than what so small a weight could gain from a cache.
 MAX_COPIES = 1024
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+CPU = torch.device("cpu")
 
 
 def cpu_name() -> str:
@@ -55,20 +56,20 @@ def cache_bytes() -> int:
     return max(sizes)
 
 
-def read_bytes() -> int:
-    """How many bytes to read in a circle so that they come from memory."""
-    return min(READ_BYTES, READ_TIMES * max(16 << 20, cache_bytes()))
+def read_bytes(cache: int | None = None) -> int:
+    """How many bytes to read in a circle so that they come from memory, past a cache of so many bytes, or this CPU's."""
+    return min(READ_BYTES, READ_TIMES * max(16 << 20, cache_bytes() if cache is None else cache))
 
 
-def num_copies(num_bytes: int, budget: int) -> int:
+def num_copies(num_bytes: int, budget: int, cache: int | None = None) -> int:
     """How many copies of a weight come from memory when they are used in turn, within a budget of bytes; at least one."""
-    wanted = -(-read_bytes() // max(1, num_bytes))
+    wanted = -(-read_bytes(cache) // max(1, num_bytes))
     return max(1, min(wanted, MAX_COPIES, budget // max(1, num_bytes)))
 
 
-def rotate(weight: torch.Tensor, budget: int) -> list[torch.Tensor]:
-    """Copies of a weight to be used in turn, so that each comes from memory as it does in a model."""
-    count = num_copies(weight.numel() * weight.element_size(), budget)
+def rotate(weight: torch.Tensor, budget: int, cache: int | None = None) -> list[torch.Tensor]:
+    """Copies of a weight to be used in turn, so that each comes from memory as it does in a model; on its device."""
+    count = num_copies(weight.numel() * weight.element_size(), budget, cache)
     return [weight, *(weight.clone() for _ in range(count - 1))]
 
 
@@ -87,10 +88,16 @@ def take_turn(
     return taken
 
 
-def random_operands(config: MatmulConfig, layout: PackedLayout, m: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A (m, K), and the operands that a kernel takes after it, with random contents, for the config of kernels."""
-    with torch.device("cpu"):  # whatever the default device is
-        return _random_operands(config, layout, m)
+def random_operands(
+    config: MatmulConfig, layout: PackedLayout, m: int, device: torch.device = CPU
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A (m, K), and the operands that a kernel takes after it, with random contents, for the config of kernels.
+
+    They are the same on every device, since they are drawn on the CPU.
+    """
+    with CPU:  # whatever the default device is
+        a, operands = _random_operands(config, layout, m)
+    return a.to(device), [operand.to(device) for operand in operands]
 
 
 def _random_operands(config: MatmulConfig, layout: PackedLayout, m: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -136,19 +143,31 @@ class Operands:
         Of the weights.
     m : int
         Rows.
+    device : torch.device
+        Where they lie.
+    cache : int, optional
+        Bytes of the cache past which weights are rotated; this CPU's by default.
     """
 
-    def __init__(self, config: MatmulConfig, layout: PackedLayout, m: int) -> None:
-        self.a, (weight, *self.rest) = random_operands(config.kernel, layout, m)
-        self.weights = rotate(weight, ROTATED_BYTES)
-        self.out = torch.empty(m, config.N, dtype=getattr(torch, config.out_dtype), device="cpu")
+    def __init__(
+        self,
+        config: MatmulConfig,
+        layout: PackedLayout,
+        m: int,
+        device: torch.device = CPU,
+        cache: int | None = None,
+    ) -> None:
+        self.a, (weight, *self.rest) = random_operands(config.kernel, layout, m, device)
+        self.weights = rotate(weight, max(ROTATED_BYTES, 2 * (cache or 0)), cache)
+        self.out = torch.empty(m, config.N, dtype=getattr(torch, config.out_dtype), device=device)
         self.m = m
         self._calls = 0
 
-    def launch(self, kernels: Kernels) -> torch.Tensor:
-        """Call kernels with the next copy of the weight; returns the result, which the next call overwrites."""
-        weight = self.weights[self._calls % len(self.weights)]
-        self._calls += 1
+    def launch(self, kernels: Kernels, index: int | None = None) -> torch.Tensor:
+        """Call kernels with the next copy of the weight, or the `index`-th; returns the result, which others overwrite."""
+        if index is None:
+            index, self._calls = self._calls, self._calls + 1
+        weight = self.weights[index % len(self.weights)]
         kernels.launch(self.m, [self.a, weight, *self.rest], self.out)
         return self.out
 

@@ -8,7 +8,7 @@ import torch
 
 from .errors import ArgumentError
 from .formats import DataFormat
-from .layout import LANES, QUAD, PackedLayout, Plane
+from .layout import FRAGMENT_K, LANES, QUAD, PackedLayout, Plane
 from .logs import tracked
 
 #: Rows that are transformed at a time, so that temporaries stay small beside the weight.
@@ -140,6 +140,9 @@ def pack(codes: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         for plane in layout.planes:
             part = _plane_part(out, layout, plane, first, block.shape[0])
             field = block if plane.width >= 8 else (block >> plane.low_bit) & ((1 << plane.width) - 1)
+            if layout.is_fragments:
+                part.view(torch.int32).copy_(_join_fragments(field, layout, plane))
+                continue
             words = _join_quads(field, plane) if layout.name == "dots" else _join_units(field, plane)
             lines = words.view(block.shape[0] // LANES, LANES, -1).transpose(1, 2)
             part.view(words.dtype).view(lines.shape).copy_(lines)
@@ -158,7 +161,8 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         size = packed.numel() * packed.element_size()
         raise ArgumentError(f"packed weights have {size} bytes; this layout has {layout.num_bytes}")
     flat = packed.contiguous().view(torch.uint8).view(-1)
-    codes = torch.empty((layout.N, layout.K), dtype=_code_dtype(layout.bits), device=packed.device)
+    make = torch.zeros if layout.is_fragments else torch.empty
+    codes = make((layout.N, layout.K), dtype=_code_dtype(layout.bits), device=packed.device)
     for first in _blocks(codes.shape, "unpacking weights"):
         block = codes[first : first + _BLOCK_ROWS]
         if layout.name == "packed":
@@ -167,6 +171,9 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         for plane in layout.planes:
             part = _plane_part(flat, layout, plane, first, block.shape[0])
             dtype = _WORD_DTYPES[plane.word_bytes]
+            if layout.is_fragments:
+                block |= _split_fragments(part.view(dtype), layout, plane) << plane.low_bit
+                continue
             words = torch.empty((block.shape[0], layout.K // plane.codes_per_word), dtype=dtype, device=packed.device)
             lanes = words.view(block.shape[0] // LANES, LANES, -1)
             lanes.copy_(part.view(dtype).view(lanes.shape[0], -1, LANES).transpose(1, 2))
@@ -256,6 +263,48 @@ def _split_quads(words: torch.Tensor, plane: Plane) -> torch.Tensor:
     n = words.shape[0]
     by_byte = _split(words.view(torch.uint8).view(n, -1, QUAD, 1), plane.width)
     return by_byte.transpose(2, 3).reshape(n, -1)
+
+
+def _fragment_shape(layout: PackedLayout, plane: Plane) -> tuple[int, int, int, int]:
+    """Of a layout for tensor cores: steps of 32 k, elements of a register, registers of a word, pieces of a block."""
+    steps, elements = (2, 2) if layout.name == "mma16" else (1, QUAD)
+    return steps, elements, 32 // elements // plane.width, max(1, plane.width // 4)
+
+
+def _join_fragments(field: torch.Tensor, layout: PackedLayout, plane: Plane) -> torch.Tensor:
+    """(n, k) fields of a plane -> int32 (words,) of a layout for tensor cores, as they lie in memory."""
+    steps, elements, per_word, pieces = _fragment_shape(layout, plane)
+    span, width = layout.span(plane), plane.width
+    # n: block, half, row; k: blocks, blocks of a span, half, thread, step, part, element
+    by_place = field.reshape(-1, 2, 8, layout.K // (FRAGMENT_K * span), span, 2, 4, steps, 2, elements)
+    registers = by_place.permute(
+        0, 3, 2, 6, 4, 5, 7, 8, 1, 9
+    )  # block, blocks, row, thread, span, step .. half, element
+    parts = registers.reshape(*registers.shape[:5], -1, per_word, elements)
+    words = torch.zeros(parts.shape[:-2], dtype=torch.int32, device=field.device)
+    for place in range(per_word):
+        for element in range(elements):
+            words |= parts[..., place, element].to(torch.int32) << (place * width + element * (32 // elements))
+    if pieces > 1:
+        words = words.reshape(*words.shape[:4], pieces, -1).permute(0, 1, 4, 2, 3, 5)
+    return words.reshape(-1)
+
+
+def _split_fragments(words: torch.Tensor, layout: PackedLayout, plane: Plane) -> torch.Tensor:
+    """The inverse of `_join_fragments`: uint8 (n, k)."""
+    steps, elements, per_word, pieces = _fragment_shape(layout, plane)
+    span, width = layout.span(plane), plane.width
+    blocks = layout.K // (FRAGMENT_K * span)
+    if pieces > 1:
+        words = words.view(-1, blocks, pieces, 8, 4, 4).permute(0, 1, 3, 4, 2, 5)
+    words = words.reshape(-1, blocks, 8, 4, span, width)
+    parts = torch.empty((*words.shape, per_word, elements), dtype=torch.uint8, device=words.device)
+    for place in range(per_word):
+        for element in range(elements):
+            shifted = words >> (place * width + element * (32 // elements))
+            parts[..., place, element] = (shifted & ((1 << width) - 1)).to(torch.uint8)
+    registers = parts.reshape(-1, blocks, 8, 4, span, 2, steps, 2, 2, elements)
+    return registers.permute(0, 8, 2, 1, 4, 5, 3, 6, 7, 9).reshape(-1, layout.K)
 
 
 def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -15,6 +15,8 @@ from .target import Target
 MAX_WEIGHT_BYTES = 1 << 31
 #: … and activations and outputs, of which they compute a tile of rows at once.
 MAX_SIDE = 1 << 26
+#: Ten times the compute capability of the oldest cards.
+OLDEST_CAPABILITY = 75
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,14 @@ def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling
     Raises
     ------
     UnsupportedError
-        No rule serves a bucket, or the weights have 2^31 bytes and more.
+        No rule serves a bucket, the card is older than compute capability 7.5, or the weights have 2^31 bytes and more.
     """
     config = config.kernel
+    if target.kind == "cuda" and target.capability < OLDEST_CAPABILITY:
+        raise UnsupportedError(
+            f"target {target}: cards of compute capability {OLDEST_CAPABILITY / 10} and later are supported, those of CUDA 13; "
+            "name another target, such as 'llvm' for this CPU"
+        )
     layout = native_layout(config, target)
     if max(config.N, config.K) >= MAX_SIDE:
         raise UnsupportedError(f"N = {config.N}, K = {config.K}: kernels take at most {MAX_SIDE - 1} of each")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 import tvm_ffi
 
+from .config import MatmulConfig
+from .cuda.compile import load_cubin
+from .cuda.dense import DenseMatmul
+from .cuda.workspaces import workspaces
 from .plan import KernelPlan, MatmulPlan
+from .schedule import Tiling
+from .schedule.cuda.dense import DenseTiling, is_dense
 
 if TYPE_CHECKING:
     import tvm
@@ -30,14 +37,30 @@ class Kernels:
         A loaded tvm_ffi module, or a TVM executable.
     buckets : sequence of (int, str, int)
         (bucket, function name, rows that one launch of it computes at most), ascending.
+    dress : callable, optional
+        Given a function's name and the function of the module, returns what is called with the operands and the output.
     """
 
-    def __init__(self, module: object, buckets: Sequence[tuple[int, str, int]]) -> None:
+    def __init__(
+        self,
+        module: object,
+        buckets: Sequence[tuple[int, str, int]],
+        dress: Callable[[str, Callable[..., None]], Callable[..., None]] = lambda name, function: function,
+    ) -> None:
         self.module = module
         self._limits = [m for m, _, _ in buckets]
-        found = {name: module[name] for _, name, _ in buckets}  # type: ignore[index]
+        found = {name: dress(name, module[name]) for _, name, _ in buckets}  # type: ignore[index]
         self._functions: list[tuple[Callable[..., None], int]] = [(found[name], slab) for _, name, slab in buckets]
         self._last = len(buckets) - 1
+
+    def keep_dense(self) -> Kernels:
+        """The same kernels, of which those that decode all weights keep the result."""
+        kept = copy(self)
+        kept._functions = [
+            (function.keeping() if isinstance(function, DenseMatmul) else function, slab)
+            for function, slab in self._functions
+        ]
+        return kept
 
     def launch(self, m: int, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Compute `out` (m, N) from A (m, K), the first of `operands`; all contiguous, and checked before.
@@ -55,8 +78,25 @@ class Kernels:
             function(a[first : first + step], *rest, out[first : first + step])
 
 
+class _WithWorkspace:
+    """A kernel that takes two more tensors after its output, to share sums in."""
+
+    def __init__(self, function: Callable[..., None], tiling: Tiling, config: MatmulConfig) -> None:
+        self._function, self._tiling, self._config = function, tiling, config
+
+    def __call__(self, a: torch.Tensor, *others: torch.Tensor) -> None:
+        sizes = self._tiling.workspace(self._config, a.shape[0])
+        self._function(a, *others, *workspaces.get(a.get_device(), *sizes))
+
+
 def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
-    """Load the CPU library that was built from `plan`, for a target that this machine can run."""
+    """Load the library that was built from `plan`, for a target that this machine can run; of CUDA kernels, on any machine.
+
+    Kernels for cards are loaded to a device, by the CUDA runtime in the library, when they are first launched there. They run
+    on torch's current stream of the device that the tensors are on: tvm_ffi asks torch for it when it takes the first tensor.
+    """
+    if library.suffix == ".cubin":
+        return _kernels(load_cubin(library), plan)
     return _kernels(tvm_ffi.load_module(str(library)), plan)
 
 
@@ -92,5 +132,13 @@ def slab_rows(plan: MatmulPlan, kernel: KernelPlan) -> int:
 
 
 def _kernels(module: object, plan: MatmulPlan) -> Kernels:
-    slabs = {kernel.name: slab_rows(plan, kernel) for kernel in plan.kernels}
-    return Kernels(module, [(m, name, slabs[name]) for m, name in plan.buckets])
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    slabs = {name: slab_rows(plan, kernel) for name, kernel in kernels.items()}
+
+    def dress(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        tiling = kernels[name].tiling
+        if isinstance(tiling, DenseTiling):
+            return DenseMatmul(None if is_dense(plan.config) else function, plan.config)
+        return _WithWorkspace(function, tiling, plan.config) if any(tiling.workspace(plan.config, 1)) else function
+
+    return Kernels(module, [(m, name, slabs[name]) for m, name in plan.buckets], dress)

@@ -6,12 +6,13 @@ import json
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from . import env
 from .errors import ConfigError, UnsupportedError
+from .logs import get_logger
 from .machines import ARM_CPUS, CARDS, LEVELS, LINUX_FLAGS, NEON, X86_CPUS, Card, typical_card, with_needs
 
 #: Instruction sets that this CPU is compiled for beyond its level: those that rules ask for.
@@ -114,26 +115,42 @@ class Target:
         return f"{self.kind}{triple} -mcpu={self.mcpu}" + (f" -mattr={','.join(self.mattr)}" if self.mattr else "")
 
     def fields(self) -> dict[str, object]:
-        """All that shapes the code, as JSON values."""
+        """All that shapes the code of a given tiling, as JSON values: of a card its capability, not its size.
+
+        So cards of one capability share what was built for the same tilings.
+        """
         return {"kind": self.kind, "arch": self.arch, "mcpu": self.mcpu, "mattr": list(self.mattr)}
+
+    def facts(self) -> dict[str, object]:
+        """`fields`, and the numbers of the card: all that decides which tiling is the fastest, as JSON values."""
+        return {**self.fields(), **({"card": asdict(self.card)} if self.card else {})}
 
     def as_tvm(self) -> dict[str, object]:
         """The dictionary from which TVM makes its own target."""
-        if self.kind != "llvm":
-            return {"kind": self.kind, "arch": self.arch}
+        if self.card is not None:
+            return {
+                "kind": self.kind,
+                "arch": self.arch,
+                "max_threads_per_block": 1024,
+                "max_shared_memory_per_block": self.card.shared_bytes,
+                "thread_warp_size": 32,
+                "host": {"kind": "cuda_host"},
+            }
         spec: dict[str, object] = {"kind": self.kind, "mcpu": self.mcpu}
         if self.is_foreign:
             spec["mtriple"] = self.triple
         return {**spec, "mattr": list(self.mattr)} if self.mattr else spec
 
     def check_runnable(self) -> None:
-        """Raise where this machine lacks an instruction set of the target.
+        """Raise where this CPU lacks an instruction set of the target; devices are looked at when a call names one.
 
         Raises
         ------
         UnsupportedError
             With the names of what is missing.
         """
+        if self.kind != "llvm":
+            return
         missing = self.features - host_features()
         if self.arch != platform.machine() or missing:
             lacks = ", ".join(sorted(missing)) or self.arch
@@ -146,10 +163,10 @@ def resolve_target(target: object = None) -> Target:
     Parameters
     ----------
     target : None, str, dict, Target, or tvm.target.Target
-        ``None`` or ``"auto"``: BITBLAS_TARGET, else this CPU. Text: ``"llvm"`` (this CPU), ``"llvm -mcpu=haswell"``,
-        ``"llvm -mtriple=aarch64-linux-gnu -mcpu=neoverse-n1"``, a bare CPU name; ``"cuda"`` (this device),
-        ``"cuda -arch=sm_90"``, a card such as ``"nvidia/nvidia-a100"``; or a target in JSON. A dict:
-        ``{"kind": "llvm", "mcpu": ...}``.
+        ``None`` or ``"auto"``: BITBLAS_TARGET, else torch's current CUDA device, else this CPU. Text: ``"llvm"`` (this CPU),
+        ``"llvm -mcpu=haswell"``, ``"llvm -mtriple=aarch64-linux-gnu -mcpu=neoverse-n1"``, a bare CPU name; ``"cuda"`` (the
+        current device), ``"cuda -arch=sm_90"`` (a device of that capability, the current one first, else a typical card), a
+        card such as ``"nvidia/nvidia-a100"``; or a target in JSON. A dict: ``{"kind": "llvm", "mcpu": ...}``.
 
     Raises
     ------
@@ -162,7 +179,7 @@ def resolve_target(target: object = None) -> Target:
         return target
     if target is None or target == "auto":
         text = env.TARGET.get()
-        return resolve_target(text) if text and text != "auto" else host_target()
+        return resolve_target(text) if text and text != "auto" else device_target() or host_target()
     if isinstance(target, str):
         return _from_spec(_parse(target), target)
     if isinstance(target, Mapping):
@@ -236,15 +253,31 @@ def _llvm(spec: dict[str, object], given: object) -> Target:
 
 
 def _cuda(spec: dict[str, object], given: object) -> Target:
-    arch = str(spec.get("arch") or "") or device_arch()
-    if not arch:
+    arch = str(spec.get("arch") or "")
+    if arch and not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
+        raise ConfigError(f"target is {given!r}: arch is {arch!r}; it must be of the form sm_90")
+    if arch:
+        return Target("cuda", arch, card=_card_of(arch))
+    found = device_target()
+    if found is None:
         raise UnsupportedError(
             f"target is {given!r}, and there is no CUDA device to ask for its compute capability; name it, as in "
             "'cuda -arch=sm_90'"
         )
-    if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
-        raise ConfigError(f"target is {given!r}: arch is {arch!r}; it must be of the form sm_90")
-    return Target("cuda", arch)
+    return found
+
+
+def _card_of(arch: str) -> Card | None:
+    """The numbers of a device with this capability, the current one first; None where there is none that can be asked."""
+    try:
+        import torch
+
+        devices = range(torch.cuda.device_count()) if device_arch() else ()
+        order = sorted(devices, key=lambda index: index != torch.cuda.current_device())
+        return next((device_card(index) for index in order if device_arch(index) == arch.rstrip("af")), None)
+    except RuntimeError as error:  # such as that of a child that was forked from a process which uses CUDA
+        get_logger().info("CUDA devices do not tell what they are: %s", error)
+        return None
 
 
 def _card(name: str, given: object) -> str:
@@ -259,14 +292,54 @@ def _card(name: str, given: object) -> str:
     )
 
 
+def runs_on(built: str, arch: str) -> bool:
+    """Whether code for one compute capability runs on a device of another, as ``runs_on("sm_80", "sm_86")`` does.
+
+    Machine code runs within a major version, upwards; that of features of one architecture ("sm_90a") only there, that of a
+    family ("sm_100f") within the major version. Source: CUDA C++ Programming Guide, "Binary Compatibility".
+    """
+    if built == arch:
+        return True
+    had, wanted = (int(re.sub(r"\D", "", name)) for name in (arch, built))
+    return had >= wanted and had // 10 == wanted // 10 and (not built.endswith("a") or had == wanted)
+
+
 def device_arch(index: int = 0) -> str:
     """The compute capability of a CUDA device, such as ``"sm_90"``; empty where torch sees none."""
     import torch
 
-    if not torch.cuda.is_available() or not 0 <= index < torch.cuda.device_count():
+    # devices of ROCm answer to torch.cuda, too
+    if torch.version.cuda is None or not torch.cuda.is_available() or not 0 <= index < torch.cuda.device_count():
         return ""
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
+
+
+def device_card(index: int) -> Card:
+    """The numbers of a CUDA device; those that this torch or this driver does not tell are a typical card's."""
+    import torch
+
+    tells = torch.cuda.get_device_properties(index)
+    typical = typical_card(device_arch(index))
+    # clock in kHz, of memory that transfers twice a cycle; width in bits
+    rate = 2 * getattr(tells, "memory_clock_rate", 0) * getattr(tells, "memory_bus_width", 0) // 8_000_000
+    return Card(
+        num_sms=tells.multi_processor_count,
+        shared_bytes=getattr(tells, "shared_memory_per_block_optin", 0) or typical.shared_bytes,
+        l2_bytes=getattr(tells, "L2_cache_size", 0) or typical.l2_bytes,
+        memory_gbs=rate or typical.memory_gbs,
+    )
+
+
+def device_target(index: int | None = None) -> Target | None:
+    """A CUDA device as a target, torch's current one where none is named; None where torch sees none."""
+    if not device_arch(0):
+        return None
+    import torch
+
+    index = torch.cuda.current_device() if index is None else index
+    arch = device_arch(index)
+    return Target("cuda", arch, card=device_card(index)) if arch else None
 
 
 def _mattr(value: object, given: object) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def described_func(problem: Problem, rule: str, tiling: Tiling, name: str) -> ti
     return describe(matmul_func(expr, name), problem, rule, tiling)
 
 
-def _read(func: object, target: Target) -> tuple[Problem, str, Tiling] | None:
+def read_description(func: object, target: Target) -> tuple[Problem, str, Tiling] | None:
     """What `describe` attached: the problem, a rule's name and a tiling; None for other functions."""
     if not isinstance(func, tirx.PrimFunc) or PROBLEM_ATTR not in func.attrs:
         return None
@@ -86,7 +86,7 @@ class ApplyDefaultSchedule:
         """Return the module with its functions scheduled."""
         scheduled = {}
         for name, func in mod.functions_items():
-            described = _read(func, self.target)
+            described = read_description(func, self.target)
             if described is None:
                 scheduled[name] = func
                 continue
@@ -134,7 +134,7 @@ class ApplyFastTuning:
         """Return the module with its functions scheduled."""
         scheduled = {}
         for name, func in mod.functions_items():
-            described = _read(func, self.target)
+            described = read_description(func, self.target)
             scheduled[name] = func if described is None else self._fastest(name.name_hint, *described)
         return tvm.IRModule(scheduled, attrs=mod.attrs)
 
@@ -147,6 +147,7 @@ class ApplyFastTuning:
         lost: list[str] = []
         for tiling in offered[: self.topk]:
             func = rule.apply(described_func(problem, rule.name, tiling, name), problem, tiling)
+            func = describe(func, problem, rule.name, tiling)  # where a rule writes it anew
             try:
                 times.append((self.measure(tvm.IRModule({name: func}), problem), func))
             except BitBLASError as error:
@@ -159,4 +160,4 @@ class ApplyFastTuning:
         return min(times, key=lambda row: row[0])[1]
 
 
-__all__ = ["PROBLEM_ATTR", "ApplyDefaultSchedule", "ApplyFastTuning", "describe", "described_func"]
+__all__ = ["PROBLEM_ATTR", "ApplyDefaultSchedule", "ApplyFastTuning", "describe", "described_func", "read_description"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import tvm_ffi
+from filelock import FileLock
 from tvm_ffi import libinfo
 
 from .translate import TranslationError, translate
@@ -48,6 +49,7 @@ _KERNEL = (
     "-fno-sanitize-recover=all",
     "-ftrivial-auto-var-init=pattern",  # local variables start as garbage
     "-fno-threadsafe-statics",
+    "-fstack-clash-protection",  # a stack that is full meets its guard page
 )
 
 
@@ -68,18 +70,16 @@ def _execute(*command: str) -> None:
         raise BuildError(f"{_COMPILER} {' '.join(command)}\n{result.stderr[:6000]}")
 
 
-def _make(flags: Sequence[str], sources: Sequence[Path], libraries: Sequence[str], target: Path) -> None:
+def _make(flags: Sequence[str], source: Path, libraries: Sequence[str], target: Path) -> None:
     """
     Compile, then link; the result is written aside and renamed.
 
     In two steps, because the compiler would link the library of a sanitizer that it is told of.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = [str(Path(folder, f"{source.stem}.o")) for source in sources]
-        for source, made in zip(sources, objects, strict=True):
-            _execute(*_COMMON, *flags, "-c", str(source), "-o", made)
-        library = Path(folder, target.name)
-        _execute("-shared", *objects, *libraries, "-o", str(library))
+        made, library = str(Path(folder, "made.o")), Path(folder, target.name)
+        _execute(*_COMMON, *flags, "-c", str(source), "-o", made)
+        _execute("-shared", made, *libraries, "-o", str(library))
         library.replace(target)
 
 
@@ -99,9 +99,10 @@ def _runtime_path(directory: Path) -> Path:
 
 def _build_runtime(directory: Path) -> Path:
     path = _runtime_path(directory)
-    if not path.exists():
-        sources = sorted(_HERE.glob("runtime/*.cpp"))
-        _make([*_RUNTIME, f"-I{_HERE / 'include'}"], sources, [f"-Wl,-soname,{path.name}"], path)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            source = _HERE / "runtime" / "all.cpp"
+            _make([*_RUNTIME, f"-I{_HERE / 'include'}"], source, [f"-Wl,-soname,{path.name}"], path)
     return path
 
 
@@ -143,7 +144,7 @@ def build(text: str, directory: Path, arch: str = "sm_80") -> Path:
     source = directory / f"{key}.cpp"
     source.write_text(f'#include <cuda_runtime.h>\n#line 1 "{key}.cu"\n{translate(text)}')
     flags = [*_KERNEL, f"-I{_HERE / 'include'}", f"-I{libinfo.find_include_path()}", f"-D__CUDA_ARCH__={number[1]}0"]
-    _make(flags, [source], [str(runtime), libinfo.find_libtvm_ffi()], target)
+    _make(flags, source, [str(runtime), libinfo.find_libtvm_ffi()], target)
     return target
 
 

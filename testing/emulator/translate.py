@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .ptx import Operand, PtxError, translate_template
+from .instructions import PtxError
+from .ptx import Operand, translate_template
 
 _ASM = re.compile(r"\b(?:__asm__|__asm|asm)\b\s*(?:(?:__volatile__|volatile|__volatile)\b\s*)?(?=\()")
 _STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
@@ -13,7 +14,7 @@ _OPERAND = re.compile(r'^\s*(?:\[\w+\]\s*)?"([=+&]*)([a-zA-Z])"\s*\(')
 # before, type, name, dimensions
 _SHARED = re.compile(
     r"(?P<extern>\bextern\s+)?(?P<align>(?:__align__|alignas)\s*\([^()]*\)\s*)?\b__shared__\s+"
-    r"(?P<align2>(?:__align__|alignas)\s*\([^()]*\)\s*)?(?P<type>[\w:<>,\s*]+?)\s*\b(?P<name>\w+)\s*(?P<dims>(?:\[[^\]]*\]\s*)*);"
+    r"(?P<align2>(?:__align__|alignas)\s*\([^()]*\)\s*)?(?P<type>(?:[\w:\s*]|<[^;<>]*>)+?)\s*\b(?P<name>\w+)\s*(?P<dims>(?:\[[^\]]*\]\s*)*);"
 )
 
 
@@ -118,7 +119,7 @@ def _translate_asm(text: str) -> str:
         if match.start() < position or any(piece.begin <= match.start() < piece.end for piece in literals):
             continue
         end = _closing(text, match.end())
-        statement = text[match.end() + 1 : end]
+        statement = text[match.end() + 1 : end].replace("\\\n", " \n")
         sections = _split(statement, ":")
         template = _unescaped("".join(_STRING.findall(sections[0])))
         operands = [operand for section in sections[1:3] for operand in _operands(section)]
@@ -129,7 +130,9 @@ def _translate_asm(text: str) -> str:
                 f"inline assembly that the emulator does not know: {error}\nin: asm({statement})"
             ) from None
         result.append(text[position : match.start()])
-        result.append(code + "\n" * text.count("\n", match.start(), end))
+        result.append(
+            code + "".join(re.findall(r"\\?\n", text[match.start() : end]))
+        )  # in a macro, lines end in backslashes
         position = end + 1
     result.append(text[position:])
     return "".join(result)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -11,14 +12,26 @@ import hypothesis
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for `import reference` and `import emulator`
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[1]),
+]  # for `import reference` and `import emulator`
+
+import devices  # noqa: E402 - found by the path above
 
 _MADE_STORE = pytest.StashKey[Path]()
+_DEVICE = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("bitblas")
     group.addoption("--examples", type=int, default=60, help="number of examples of each hypothesis test")
+    group.addoption(
+        "--device",
+        choices=devices.DEVICES,
+        help="where the tests of run/ run operators (cpu; with -m cuda: cuda); emulated: a card's text, on this CPU; mirrored: "
+        "this CPU, on copies",
+    )
     group.addoption("--store", default=None, help="artifact store to use and keep; default: a fresh one for each run")
 
 
@@ -31,6 +44,11 @@ def pytest_configure(config):
         suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
     )
     hypothesis.settings.load_profile("bitblas")
+    config.stash[_DEVICE] = devices.wanted(config.getoption("--device"), config.getoption("markexpr"))
+    if config.stash[_DEVICE] != "cuda" or torch.cuda.is_available():
+        devices.install(config.stash[_DEVICE])
+    if config.stash[_DEVICE] == "cpu":
+        os.environ.setdefault("BITBLAS_TARGET", "llvm")  # also where there is a card
     # Set before the workers of pytest-xdist start, which inherit it: they share one store and so each other's builds.
     if hasattr(config, "workerinput"):
         return
@@ -44,6 +62,31 @@ def pytest_unconfigure(config):
     made = config.stash.get(_MADE_STORE, None)
     if made is not None:
         shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(config, items):
+    """Mark what says something about cards, where operators are for one; leave out what does not."""
+    device, kept, left_out = config.stash[_DEVICE], [], []
+    no_card = pytest.mark.skip(reason="there is no CUDA device")
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        elsewhere = item.path.parent.name != "run" or devices.why_not(item.path.name, item.originalname, parameters)
+        about_cards = item.path.parent.name == "run" and bool(devices.ONLY_ON_CARDS.search(item.path.name))
+        if device != "cpu" and elsewhere and not about_cards:
+            left_out.append(item)
+            continue
+        if item.get_closest_marker("exhaustive") and not re.search(r"\b(slow|exhaustive)\b", config.option.markexpr):
+            left_out.append(item)
+            continue
+        kept.append(item)
+        if about_cards or device == "cuda":
+            item.add_marker(pytest.mark.cuda)
+            if not torch.cuda.is_available():
+                item.add_marker(no_card)
+    items[:] = kept
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +111,17 @@ def build():
     import bitblas
 
     return functools.cache(lambda config, target="llvm": bitblas.Matmul(config, target=target))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """Operators for cards run in the emulator; they have the keys of what nvcc builds, and so a store of their own."""
+    from bitblas import env
+
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("store")
+        path.chmod(0o700)
+        patch.setenv("BITBLAS_CACHE_DIR", str(path))
+        devices.emulate(patch.setattr)
+        with env.scope(BITBLAS_CACHE_DIR=path):
+            yield

@@ -189,6 +189,8 @@ class Problem:
         As the operator takes them; zeros packed where zeros_mode is "quantized".
     zero_values : torch.Tensor or None
         float64 (N, groups): what `zeros` means.
+    codebook : str or None
+        The dtype to which the values of a codebook are rounded before they are multiplied, where they are.
     """
 
     config: object
@@ -199,6 +201,7 @@ class Problem:
     zero_values: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     seed: int = field(default=0)
+    codebook: str | None = None
 
     @property
     def weights(self) -> torch.Tensor:
@@ -224,6 +227,8 @@ class Problem:
         """float64 (N, K) q, s and z, spread over the groups."""
         cfg = self.config
         q = decode(self.codes, cfg.W_dtype)
+        if self.codebook is not None:
+            q = q.to(getattr(torch, self.codebook)).to(torch.float64)
         s = torch.ones_like(q) if self.scale is None else self._spread(self.scale.to(torch.float64))
         z = torch.zeros_like(q) if self.zero_values is None else self._spread(self.zero_values)
         return q, s, z
@@ -262,6 +267,13 @@ def _randint(low: int, high: int, shape: tuple[int, ...], generator: torch.Gener
 
 def _uniform(low: float, high: float, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def on_tensor_cores(problem: Problem) -> Problem:
+    """The problem as tensor cores of cards solve it: with nf4 rounded to what they multiply."""
+    if problem.config.W_dtype != "nf4":
+        return problem
+    return replace(problem, codebook="bfloat16" if problem.config.A_dtype == "bfloat16" else "float16")
 
 
 def _draw_codes(cfg: object, shape: tuple[int, int], exact: bool, generator: torch.Generator) -> torch.Tensor:

@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..build import COMPILER, toolchain
 from ..config import MatmulConfig
 from ..errors import ArtifactError, BitBLASError, UnsupportedError
 from ..logs import get_logger, warn_once
+from ..machines import Card
 from ..ops import Matmul
 from ..ops.general_matmul_splitk import MatmulConfigWithSplitK, MatmulWithSplitK
 from ..ops.provider import load, plan_key, provide, store
@@ -94,6 +95,7 @@ class Database:
             "operator": type(op).__name__,
             "config": _fields(op.config),
             "target": op.target.fields(),
+            "card": op.target.facts().get("card"),
             "tilings": {str(m): tiling.fields() for m, tiling in op.plan.tilings.items()},
             "tuning": op.tuning_record,
             "toolchain": artifact.manifest["toolchain"],
@@ -192,6 +194,8 @@ class Database:
             kind = _BY_NAME[record["operator"]]
             config = KINDS[kind](**record["config"])
             tilings = {int(m): read_tiling(values) for m, values in record["tilings"].items()}
+            if record.get("card"):  # cards of one capability share code; which tilings there are depends on the card
+                target = replace(target, card=Card(**record["card"]))
             plan = plan_matmul(config, target, tilings)
             if record["target"] != target.fields() or plan.tilings != tilings:
                 raise _DamagedError("its target or tilings are not those that were saved")

@@ -79,7 +79,7 @@ def _print_tuned(config: MatmulConfig, target: Target, tuned: Tuned, record: dic
     machine = record["machine"]
     where = "" if machine["name"] == "here" else f", measured on {machine['name']}"
     print(f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, N={config.N}, K={config.K}; {target}")
-    print(f"{machine['cpu']}{where}; {tuned.seconds:.1f} s")
+    print(f"{machine.get('card', {}).get('name') or machine['cpu']}{where}; {tuned.seconds:.1f} s")
     print()
     table = [["M", "default us", "tuned us", "times as fast", "tried", "lost", "tiling"]]
     for m in config.buckets:

@@ -14,22 +14,14 @@ from ..formats import parse_format
 from ..layout import LANES, QUAD, PackedLayout
 from .absmax import absmax_bits
 from .bytes import activation_words, dot_products, dot_row_sum, weight_words
+from .codes import fragment_code, lane_code, row_code
 from .decode import decode, decode_float8
 from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
-from .storage import placed_dtype, store_as, widen
-from .streams import (
-    WORD_BYTES,
-    join_bytes,
-    lane_code,
-    period,
-    row_code,
-    stream_code,
-    stream_words,
-    word_code,
-)
+from .storage import finish, placed_dtype, times, widen
+from .streams import WORD_BYTES, join_bytes, period, stream_code, stream_words, word_code
 from .threads import thread_decoder
 
 
@@ -172,27 +164,21 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     accumulated = _accumulate(expr, rows, _Sums(partial, row_sum, steps, scale, zero, group_scale))
 
     def epilogue(i: Expr, n: Expr) -> Expr:
-        value, dtype = accumulated[i, n], cfg.sum_dtype
-        factor = None if column_scale is None else column_scale[0, n].astype(cfg.scaling_dtype)
-        if row_scale is not None:
-            factor = _times(factor, row_scale[i, 0])
-        if factor is not None:
-            dtype = cfg.scaling_dtype
-            value = value.astype(dtype) * factor
-        if bias is not None:
-            if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
-                dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
-            added = widen(bias[n]) if bias.dtype == "uint16" else bias[n]
-            value = value.astype(dtype) + added.astype(dtype)
-        return store_as(value, dtype, cfg.out_dtype, expr.threads)
+        factor = None if column_scale is None else column_scale[0, n]
+        row_factor = None if row_scale is None else row_scale[i, 0]
+        return finish(
+            cfg,
+            accumulated[i, n],
+            factor,
+            row_factor,
+            None if bias is None else bias[n],
+            expr.threads,
+            as_bits=expr.threads,
+        )
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
     return func.with_attr({"global_symbol": name})
-
-
-def _times(factor: Expr | None, other: Expr) -> Expr:
-    return other if factor is None else factor * other
 
 
 def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None, rows: Expr) -> Callable[[Expr, Expr], Expr]:
@@ -325,6 +311,14 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
             lambda k, n: row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
             name="unpack",
         )
+    elif layout.is_fragments:
+        unpacked = te.compute(
+            (expr.padded_k, expr.padded_n),
+            lambda k, n: fragment_code(
+                layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k
+            ),
+            name="unpack",
+        )
     else:
         words = [_words(expr, W, index) for index in range(len(layout.planes))]
         unpacked = te.compute(
@@ -454,7 +448,7 @@ def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
         elif shift is not None:
             value = value - shift
         if sums.activation_scale is not None:
-            factor = _times(factor, sums.activation_scale[i, g])
+            factor = times(factor, sums.activation_scale[i, g])
         return value if factor is None else value * factor
 
     def some_term(c: Expr, i: Expr, n: Expr) -> Expr:

@@ -1,4 +1,4 @@
-"""Codes out of their words: of a row-wise little-endian bit stream, byte by byte or in words of 32 bits, and of lanes."""
+"""Codes out of a little-endian bit stream, byte by byte or in words of 32 bits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from tvm import te, tirx
 from tvm.ir import Expr
-
-from ..layout import UNIT, PackedLayout
 
 WORD_BYTES = 4
 
@@ -70,25 +68,3 @@ def word_code(words: te.Tensor, n: Expr, k: Expr, bits: int) -> Expr:
     begin = tirx.bitwise_and(code, tirx.shift_left(tirx.const(2, "int32"), left) - one)
     end = tirx.shift_left(tirx.shift_left(words[n, whole, (bit + bits - 1) // 32], one), left)
     return tirx.Select(bit % 32 + bits > 32, tirx.bitwise_or(begin, end), code)
-
-
-def row_code(layout: PackedLayout, W: te.Tensor, n: Expr, k: Expr) -> Expr:
-    """The code of (n, k) of a row-wise bit stream."""
-    if layout.bits >= 8:
-        step = layout.bits // 8
-        return join_bytes([W[n * layout.row_bytes + k * step + j] for j in range(step)])
-    return stream_code(W, n * layout.row_bytes, k, layout.bits, layout.num_bytes)
-
-
-def lane_code(layout: PackedLayout, words: list[te.Tensor], whole_words: bool, n: Expr, k: Expr) -> Expr:
-    """The code of (n, k) in its lowest bits; the top plane is not masked, `decode` does that."""
-    code: Expr | None = None
-    for plane, word in zip(layout.planes, words, strict=True):
-        if plane.width >= 8:
-            return word[k, n]
-        part = tirx.shift_right(word[k // UNIT if whole_words else k, n], k % UNIT * plane.width)
-        if plane is not layout.planes[-1] and plane.low_bit + plane.width < layout.bits:
-            part = tirx.bitwise_and(part, tirx.const((1 << plane.width) - 1, "int32"))
-        part = tirx.shift_left(part, tirx.const(plane.low_bit, "int32")) if plane.low_bit else part
-        code = part if code is None else tirx.bitwise_or(code, part)
-    return code

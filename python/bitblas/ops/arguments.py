@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -43,6 +43,8 @@ class Operand:
         The dtypes in which it may come.
     dtype : torch.dtype
         The dtype in which the kernel takes it: equal, another view of the same bytes, or a lossless conversion.
+    device : str
+        Kind of the device: ``"cpu"`` or ``"cuda"``.
     usual : torch.dtype or None
         `dtype`, where a tensor may come in it.
     """
@@ -51,9 +53,12 @@ class Operand:
     shape: tuple[int, ...]
     allowed: tuple[torch.dtype, ...]
     dtype: torch.dtype
+    device: str = "cpu"
     usual: torch.dtype | None = field(init=False)
+    on_cpu: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "on_cpu", self.device == "cpu")
         object.__setattr__(self, "usual", self.dtype if self.dtype in self.allowed else None)
 
     def is_ready(self, tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
@@ -63,7 +68,7 @@ class Operand:
             and type(tensor) in _PLAIN
             and tensor.dtype is self.usual
             and tensor.shape == self.shape
-            and tensor.is_cpu
+            and tensor.is_cpu is self.on_cpu
             and tensor.layout is _STRIDED
             and tensor.is_contiguous()
             and not tensor.is_neg()
@@ -73,7 +78,7 @@ class Operand:
         """Return what the kernel can take, or raise ArgumentError."""
         if tensor is None:
             raise ArgumentError(f"{self.name} is missing; {_REASONS[self.name]}")
-        check_tensor(self.name, tensor)
+        check_tensor(self.name, tensor, self.device)
         if tensor.dtype not in self.allowed:
             names = ", ".join(dict.fromkeys(str(dtype) for dtype in self.allowed))
             raise ArgumentError(f"{self.name} has dtype {tensor.dtype}; allowed: {names}")
@@ -100,7 +105,11 @@ class Door:
         Shape of the weights in its layout.
     """
 
+    #: Kind of the device that all tensors must be on.
+    device: ClassVar[str] = "cpu"
+
     def __init__(self, config: MatmulConfig, weight_shape: tuple[int, ...]) -> None:
+        self._on_cpu = self.device == "cpu"
         self._k, self._n = config.K, config.N
         self._static_m = config.M if isinstance(config.M, int) else None
         self._int4 = config.A_dtype == "int4"
@@ -110,10 +119,11 @@ class Door:
         self._kernel_dtype: torch.dtype = getattr(torch, config.activation_dtype)
         self._usual = None if self._columns or self._kernel_dtype is not self._a_dtype else self._a_dtype
         self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
-        self._operands = (
+        wanted = (
             _weight_operand(config, weight_shape),
             *_wanted_operands(config, self._a_dtype, self._out_dtype),
         )
+        self._operands = tuple(replace(operand, device=self.device) for operand in wanted)
 
     def enter(
         self,
@@ -152,7 +162,7 @@ class Door:
         if (
             type(A) in _PLAIN
             and A.dtype is self._usual
-            and A.is_cpu
+            and A.is_cpu is self._on_cpu
             and A.layout is _STRIDED
             and A.is_contiguous()
             and not A.is_neg()
@@ -169,7 +179,7 @@ class Door:
         return self._activation_slowly(A)
 
     def _activation_slowly(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
-        check_tensor("A", A)
+        check_tensor("A", A, self.device)
         if A.dtype is not self._a_dtype:
             raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
         given, A = tuple(A.shape), A.detach().resolve_neg()
@@ -222,7 +232,7 @@ class Door:
         return [found.get(name) for name in names], output
 
     def _output(self, output: torch.Tensor, shape: tuple[int, ...], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        check_tensor("output", output)
+        check_tensor("output", output, self.device)
         if output.dtype is not self._out_dtype:
             raise ArgumentError(f"output has dtype {output.dtype}; this operator gives {self._out_dtype}")
         if output.shape != shape:
@@ -267,10 +277,10 @@ def _wanted_operands(config: MatmulConfig, a_dtype: torch.dtype, out_dtype: torc
     return wanted
 
 
-def check_tensor(name: str, tensor: object) -> None:
-    """Raise ArgumentError unless `tensor` is a dense torch tensor on the CPU."""
-    if isinstance(tensor, torch.Tensor) and not tensor.is_cpu:
-        raise ArgumentError(f"{name} is on device {tensor.device}; this operator runs on cpu")
+def check_tensor(name: str, tensor: object, device: str = "cpu") -> None:
+    """Raise ArgumentError unless `tensor` is a dense torch tensor on a device of this kind."""
+    if isinstance(tensor, torch.Tensor) and tensor.device.type != device:
+        raise ArgumentError(f"{name} is on device {tensor.device}; this operator runs on {device}")
     check_dense(name, tensor)
 
 

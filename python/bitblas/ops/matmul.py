@@ -22,6 +22,7 @@ from ..tuner import SECONDS
 from ..tuner.record import choices, read_record
 from . import provider
 from .arguments import Door
+from .cuda_arguments import CudaDoor
 from .facts import WithFacts
 from .provider import Provided, load, provide, store
 from .weights import WithWeights
@@ -52,6 +53,9 @@ class Matmul(WithWeights, WithFacts):
         imported) or the store, and builds what is in neither.
     backend : str
         ``"tl"`` or ``"tir"``: accepted for compatibility, both mean the same.
+    dense_cache : bool
+        On cards, where so many rows are multiplied that decoding all weights first pays: keep the decoded copy, N·K elements of
+        A_dtype, until W, scale or zeros is changed in place, or W dies.
 
     Attributes
     ----------
@@ -85,6 +89,7 @@ class Matmul(WithWeights, WithFacts):
         enable_tuning: bool = True,
         from_database: bool = False,
         backend: str = "tl",
+        dense_cache: bool = False,
     ) -> None:
         if not isinstance(config, self._config_class):
             raise ConfigError(f"config is {config!r}; it must be a {self._config_class.__name__}")
@@ -93,7 +98,7 @@ class Matmul(WithWeights, WithFacts):
         resolved = resolve_target(target)
         record = read_record(config, resolved) if enable_tuning else None
         tuned = choices(record) if record else None
-        self._install(config, plan_matmul(config, resolved, tuned), None, name, backend, record)
+        self._install(config, plan_matmul(config, resolved, tuned), None, name, backend, record, dense_cache)
         self._from_database = from_database
         if not from_database:
             self._provide()
@@ -106,16 +111,18 @@ class Matmul(WithWeights, WithFacts):
         name: str,
         backend: str,
         record: dict[str, Any] | None = None,
+        dense_cache: bool = False,
     ) -> None:
-        self.config, self.name, self.backend = config, name, backend
+        self.config, self.name, self.backend, self.dense_cache = config, name, backend, bool(dense_cache)
         self.target: Target = plan.target
         self.plan = plan
         self._tuning_record = record
         self._from_database = False
         self._lock = ForkLock()
         self._provided = provided
-        self._kernels: Kernels | None = provided.kernels if provided else None
-        self._door = Door(config, tuple(self.retrieve_weight_shape()))
+        self._kernels: Kernels | None = self._own(provided.kernels) if provided else None
+        shape = tuple(self.retrieve_weight_shape())
+        self._door = CudaDoor(config, shape, plan.target) if plan.target.kind == "cuda" else Door(config, shape)
 
     @classmethod
     def restore(
@@ -126,10 +133,11 @@ class Matmul(WithWeights, WithFacts):
         name: str = "matmul",
         backend: str = "tl",
         record: dict[str, Any] | None = None,
+        dense_cache: bool = False,
     ) -> Self:
         """An operator whose plan, and perhaps kernels, are there already; without kernels the first call provides them."""
         op = cls.__new__(cls)
-        op._install(config, plan, provided, name, backend, record)
+        op._install(config, plan, provided, name, backend, record, dense_cache)
         return op
 
     # -- calling ---------------------------------------------------------------------------------------------------------
@@ -198,8 +206,12 @@ class Matmul(WithWeights, WithFacts):
                 if self._from_database and provider.find_saved is not None:
                     saved = provider.find_saved(self.config, self.target)
                 self.plan, self._provided = saved or (self.plan, provide(self.plan))
-                self._kernels = self._provided.kernels
-            return self._provided.kernels
+                self._kernels = self._own(self._provided.kernels)
+            return self._kernels or self._own(self._provided.kernels)
+
+    def _own(self, kernels: Kernels) -> Kernels:
+        """Kernels that others may share, with what this operator keeps."""
+        return kernels.keep_dense() if self.dense_cache else kernels
 
     @property
     def provided(self) -> Provided | None:
@@ -280,7 +292,7 @@ class Matmul(WithWeights, WithFacts):
         plan = plan_matmul(self.config, chosen, choices(record))
         provided = provide(plan)
         with self._lock.held():
-            self.target, self.plan, self._provided, self._kernels = chosen, plan, provided, provided.kernels
+            self.target, self.plan, self._provided, self._kernels = chosen, plan, provided, self._own(provided.kernels)
             self._tuning_record = record
         return {m: row.fields() for m, row in found.buckets.items()}
 
@@ -308,9 +320,9 @@ class Matmul(WithWeights, WithFacts):
         return self._time_rows(self._provide(), m) * 1e3
 
     def _time_rows(self, kernels: Kernels, m: int) -> float:
-        from ..measuring import time_kernels
+        from ..cards import time_on
 
-        return time_kernels(kernels, self.config, self.layout, m)
+        return time_on(self.target, kernels, self.config, self.layout, m)
 
     @property
     def lib(self) -> object:
@@ -322,7 +334,7 @@ class Matmul(WithWeights, WithFacts):
         return self.forward(*args, **kwargs)
 
     def get_source(self) -> str:
-        """The generated code of all kernels: LLVM IR."""
+        """The generated code of all kernels: LLVM IR, or CUDA C++."""
         self._provide()
         return _text(self._provided.source)  # type: ignore[union-attr]
 
@@ -343,6 +355,7 @@ class Matmul(WithWeights, WithFacts):
         return type(self)._unpickle, (
             *(self.config, self.target, self.plan.tilings, self.name, self.backend, root),
             self._tuning_record,
+            self.dense_cache,
         )
 
     @classmethod
@@ -355,6 +368,7 @@ class Matmul(WithWeights, WithFacts):
         backend: str,
         root: Path | None,
         record: dict[str, Any] | None,
+        dense_cache: bool,
     ) -> Self:
         """The operator with the same tilings; `root` is the store of its kernels, None where it had none yet."""
         plan = plan_matmul(config, target, tilings)
@@ -363,7 +377,7 @@ class Matmul(WithWeights, WithFacts):
             with suppress(ArtifactError, OSError):  # it comes from another machine, where that directory was another
                 provided = load(plan, root)
             provided = provided or provide(plan)
-        return cls.restore(config, plan, provided, name, backend, record)
+        return cls.restore(config, plan, provided, name, backend, record, dense_cache)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Matmul:
         return self  # it holds no state that a copy could change

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import env
 from ..artifacts import Artifact, ArtifactStore, artifact_key
-from ..build import COMPILER, LIBRARY, SOURCE, build_library, compile_plan, find_compiler, toolchain
+from ..build import COMPILER, SOURCES, build_library, compile_plan, find_compiler, toolchain
 from ..config import MatmulConfig
 from ..locks import ForkLock
 from ..logs import get_logger, warn_once
@@ -80,14 +80,14 @@ def provide(plan: MatmulPlan) -> Provided:
     found = load(plan)
     if found is not None:
         return found
-    key, target_store, compiler = plan_key(plan), store(), find_compiler()
+    key, target_store, compiler = plan_key(plan), store(), find_compiler(plan.target)
     if compiler is None:
         return _compile_in_memory(plan, key, began)
 
     def build(staging: Path) -> Mapping[str, object]:
         get_logger().info("building %s into %s", plan.describe(), target_store.root)
-        build_library(plan, staging, compiler)
-        return {"library": LIBRARY, "plan": plan.fields(), "toolchain": toolchain(), "linker": compiler}
+        made = build_library(plan, staging, compiler)
+        return {**made, "plan": plan.fields(), "toolchain": toolchain()}
 
     artifact, built = target_store.get_or_build(key, build)
     return _provided(plan, artifact, "compiled" if built else "loaded", began)
@@ -111,10 +111,10 @@ def load(plan: MatmulPlan, root: Path | None = None) -> Provided | None:
 
 
 def _provided(plan: MatmulPlan, artifact: Artifact, origin: str, began: float) -> Provided:
-    kernels = load_kernels(artifact.file(LIBRARY), plan)
+    kernels = load_kernels(artifact.library, plan)
     seconds = time.perf_counter() - began
     get_logger().info("%s %s in %.3f s, kept in %s", origin, plan.describe(), seconds, artifact.path)
-    return Provided(kernels, origin, seconds, artifact.file(SOURCE), artifact)
+    return Provided(kernels, origin, seconds, artifact.file(SOURCES[plan.target.kind]), artifact)
 
 
 def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Artifact | None:

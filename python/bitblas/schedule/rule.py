@@ -58,6 +58,14 @@ class Tiling:
         """Rows that one launch computes at most; 0 means all that can be indexed."""
         return 0
 
+    def workspace(self, config: MatmulConfig, m: int) -> tuple[int, int]:
+        """Elements of two more arguments, after the output, that a launch of `m` rows takes: (0, 0) where it takes none.
+
+        They are `partial`, float32 of any content, and `counters`, int32 that are 0 before the launch and after it; flat, and
+        at least so long.
+        """
+        return 0, 0
+
 
 def largest_divisor(value: int, limit: int) -> int:
     """The largest divisor of a number that is at most `limit`."""

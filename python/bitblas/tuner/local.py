@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..artifacts.process import this_process
-from ..build import LIBRARY, build_library, compile_module, compile_plan, find_compiler
+from ..build import LIBRARY, SOURCES, build_library, compile_module, compile_plan, find_compiler
+from ..cards import Batch, CardClock, Stopwatch, batch_of, cache_bytes_of, device_of, take_batches, time_on
 from ..config import MatmulConfig
+from ..cuda.compile import write_cuda
 from ..errors import BitBLASError, BuildError
 from ..logs import warn_once
-from ..measuring import Operands, spoil, take_turn, time_kernels
-from ..plan import MatmulPlan
+from ..measuring import Operands, spoil, take_turn
+from ..plan import KernelPlan, MatmulPlan
 from ..runtime import Kernels, load_kernels, wrap_executable, wrap_function
 from ..schedule import Problem
 from ..target import Target
@@ -39,18 +42,20 @@ TURN_SECONDS, SLOWER = 5.0, 3.0
 RACE_SECONDS = 0.03
 #: How far results may differ, as parts of themselves and of their root mean square: tilings add in different orders.
 RELATIVE, ABSOLUTE = 1e-2, 2e-2
+#: With this status a child ends whose card no longer computes: nothing but a new process mends that.
+CARD_LOST = 70
 
 
 # -- jobs, which run in a child --------------------------------------------------------------------------------------------
 
 
-def build_job(plan: MatmulPlan, directory: Path, compiler: str) -> str:
-    """Build a library; what went wrong, or nothing."""
+def build_job(plan: MatmulPlan, directory: Path, compiler: str) -> tuple[str, str]:
+    """Build a library; what went wrong, or nothing, and the library's name."""
     try:
-        build_library(plan, directory, compiler)
+        made = build_library(plan, directory, compiler)
     except BitBLASError as error:
-        return str(error)
-    return ""
+        return str(error), ""
+    return "", str(made["library"])
 
 
 def turn_job(
@@ -58,8 +63,27 @@ def turn_job(
 ) -> list[float] | str:
     """Seconds of some calls; or what is wrong with the results, where they are looked at for the first time."""
     torch.set_num_threads(threads)
-    other = None if like is None else _loaded(*like)
-    return _runner.turn(_loaded(library, plan), plan, m, other)
+    try:
+        other = None if like is None else _loaded(*like)
+        return _runner.turn(_loaded(library, plan), plan, m, other)
+    except RuntimeError as error:
+        if plan.target.kind != "cuda":
+            raise
+        return end_unless_usable(error, torch.cuda.synchronize)
+
+
+def end_unless_usable(error: RuntimeError, synchronize: Callable[[], None]) -> str:
+    """What a kernel did wrong; where the card no longer computes, as after an access to wrong memory, this ends the process."""
+    said = str(error).strip().splitlines()
+    text = f"cannot be run: {said[0] if said else type(error).__name__}"
+    try:
+        synchronize()
+    except RuntimeError as worse:
+        last = str(worse).strip().splitlines()
+        sys.stderr.write(f"error: {last[0] if last else text}\n")  # its last words
+        sys.stderr.flush()
+        os._exit(CARD_LOST)
+    return text
 
 
 @cache
@@ -73,9 +97,17 @@ def any_rows(config: MatmulConfig) -> MatmulConfig:
 
 
 class Runner:
-    """Runs candidates on the operands of one problem after the other, and looks at the first result of each."""
+    """Runs candidates on the operands of one problem after the other, and looks at the first result of each.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    stopwatch : Stopwatch, optional
+        Times launches on a card; the card's by default.
+    """
+
+    def __init__(self, stopwatch: Stopwatch | None = None) -> None:
+        self._stopwatch = stopwatch
+        self._batches: dict[tuple[MatmulPlan, int], Batch] = {}
         self._problem: tuple[MatmulConfig, int] | None = None
         self._operands: Operands | None = None
         self._expected: torch.Tensor | None = None
@@ -85,9 +117,9 @@ class Runner:
         """Seconds of some calls, or how the result differs from that of `like`."""
         operands = self._draw(plan, m)
         if (plan, m) in self._checked:
-            return take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
+            return self._take(kernels, plan, m, operands)
         spoil(operands.out)
-        taken = take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
+        taken = self._take(kernels, plan, m, operands)
         got = operands.out.clone()
         if self._expected is None:
             self._expected = got if like is None else operands.launch(like).clone()
@@ -97,11 +129,24 @@ class Runner:
         self._checked.add((plan, m))
         return taken
 
+    def _take(self, kernels: Kernels, plan: MatmulPlan, m: int, operands: Operands) -> list[float]:
+        """Seconds of each call of a turn; on a card of one launch in each batch."""
+        if plan.target.kind != "cuda":
+            return take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
+        if (plan, m) not in self._batches:
+            self._stopwatch = self._stopwatch or CardClock(operands.out.device)
+            call = partial(operands.launch, kernels)
+            self._batches[plan, m] = batch_of(self._stopwatch, call, len(operands.weights))
+        return take_batches(self._batches[plan, m], least=1, seconds=RACE_SECONDS)
+
     def _draw(self, plan: MatmulPlan, m: int) -> Operands:
         problem = any_rows(plan.config), m
         if self._operands is None or self._problem != problem:
             self._operands = self._expected = None  # before there is memory for others
-            self._operands, self._problem = Operands(problem[0], plan.layout, m), problem
+            self._batches.clear()
+            device = torch.device("cpu") if self._stopwatch is not None else device_of(plan.target)
+            cache = cache_bytes_of(plan.target)
+            self._operands, self._problem = Operands(problem[0], plan.layout, m, device, cache), problem
         return self._operands
 
 
@@ -134,7 +179,7 @@ class ChildBench:
     directory : Path
         Where libraries go; to be removed by the caller.
     compiler : str
-        Command of the C compiler that links them.
+        What `build.find_compiler` gave for the target.
     """
 
     def __init__(self, children: Children, directory: Path, compiler: str) -> None:
@@ -146,10 +191,11 @@ class ChildBench:
         """See `Workbench`."""
         rooms = [Path(tempfile.mkdtemp(dir=self._directory)) for _ in plans]
         jobs = [(plan, room, self._compiler) for plan, room in zip(plans, rooms, strict=True)]
-        for index, error in self._children.each(build_job, jobs, BUILD_SECONDS, go_on):
+        for index, done in self._children.each(build_job, jobs, BUILD_SECONDS, go_on):
+            error, library = (f"the build {done}", "") if isinstance(done, LostError) else done
             if not error:
-                self._built[plans[index]] = rooms[index] / LIBRARY
-            yield plans[index], f"the build {error}" if isinstance(error, LostError) else error
+                self._built[plans[index]] = rooms[index] / library
+            yield plans[index], error
 
     def library(self, plan: MatmulPlan) -> Path:
         """The library of a candidate that was built."""
@@ -209,8 +255,30 @@ def measure_module(mod: tvm.IRModule, problem: Problem) -> float:
         executable = compile_module(mod, problem.target)
     except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {problem.config} for {problem.target}", output=str(error)) from error
-    (name,) = (variable.name_hint for variable in mod.get_global_vars())
-    return time_kernels(wrap_function(executable, name, problem.m), problem.config, problem.layout, problem.m)
+    ((variable, func),) = mod.functions_items()
+    if problem.target.kind == "cuda":
+        kernels = _kernels_of(executable, variable.name_hint, func, problem)
+    else:
+        kernels = wrap_function(executable, variable.name_hint, problem.m)
+    return time_on(problem.target, kernels, problem.config, problem.layout, problem.m)
+
+
+def _kernels_of(executable: tvm.runtime.Executable, name: str, func: object, problem: Problem) -> Kernels:
+    """Load a described function for cards, which was compiled and is built now."""
+    from ..transform import read_description
+
+    found, target = read_description(func, problem.target), problem.target
+    if found is None:
+        raise BuildError(f"{name} has no description, which says what it needs beside its operands")
+    plan = MatmulPlan(problem.config, target, problem.layout, (KernelPlan(name, *found[1:], (problem.m,)),))
+    directory = this_process.scratch()
+    try:
+        compiler = find_compiler(target)
+        assert compiler is not None
+        write_cuda(executable.mod, directory / SOURCES["cuda"], directory / LIBRARY, compiler, target.arch)
+        return load_kernels(directory / LIBRARY, plan)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def num_builders() -> int:
@@ -222,9 +290,9 @@ def num_builders() -> int:
 
 
 @contextmanager
-def building(parallel: bool) -> Iterator[ChildBench | None]:
-    """Children that build libraries, and a place for those; None where there is no C compiler to link them."""
-    compiler = find_compiler()
+def building(parallel: bool, target: Target | None = None) -> Iterator[ChildBench | None]:
+    """Children that build libraries for a target, and a place for those; None where there is no C compiler to link them."""
+    compiler = find_compiler(target)
     if compiler is None:
         yield None
         return
@@ -244,9 +312,12 @@ def local_bench(target: Target, parallel: bool = True) -> Iterator[Workbench]:
     ------
     UnsupportedError
         This machine cannot run code for the target.
+    BuildError
+        It is a card, and nothing compiles for cards.
     """
     target.check_runnable()
-    with building(parallel) as bench:
+    device_of(target)
+    with building(parallel, target) as bench:
         if bench is None:
             warn_once(
                 "tuning in this process",

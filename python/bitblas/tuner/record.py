@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 _SCHEMA = 1
 
 
-def this_machine() -> dict[str, object]:
-    """The machine that measures, as JSON values."""
+def this_machine(target: Target | None = None) -> dict[str, object]:
+    """The machine that measures, as JSON values; with its card where the target is one."""
     import psutil
 
+    from ..cards import describe_card, device_of
     from ..measuring import cpu_name
 
     try:
@@ -44,12 +45,13 @@ def this_machine() -> dict[str, object]:
         "cores": psutil.cpu_count(logical=False) or 0,
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
+        **({"card": describe_card(device_of(target))} if target is not None and target.kind == "cuda" else {}),
     }
 
 
 def record_path(config: MatmulConfig, target: Target) -> Path:
-    """The file of a config and a target, under the installed versions."""
-    key = artifact_key({"config": config.kernel.fields(), "target": target.fields(), "toolchain": toolchain()})
+    """The file of a config and a target, with the numbers of its card, under the installed versions."""
+    key = artifact_key({"config": config.kernel.fields(), "target": target.facts(), "toolchain": toolchain()})
     return env.CACHE_DIR.get() / "tuning" / f"{key}.json"
 
 
@@ -77,7 +79,7 @@ def save_record(
     """
     path, before = record_path(config, target), read_record(config, target)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    where = dict(this_machine() if machine is None else machine)
+    where = dict(this_machine(target) if machine is None else machine)
     rows = {str(m): {**row.fields(), "date": date, "machine": where} for m, row in found.items()}
     record = {
         "schema": _SCHEMA,

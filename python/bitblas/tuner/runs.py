@@ -29,7 +29,7 @@ def tune_here(
         Before a default was measured.
     """
     with local_bench(target, parallel_build) as bench:
-        return _tune(config, target, topk, seconds, bench, this_machine())
+        return _tune(config, target, topk, seconds, bench, this_machine(target))
 
 
 def tune_there(

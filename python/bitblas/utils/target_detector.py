@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..logs import get_logger
 from ..machines import CARDS
 from ..target import device_arch
@@ -27,9 +25,7 @@ def auto_detect_nvidia_target(gpu_id: int = 0) -> str:
         process can use, such as a child that was forked from one which uses CUDA.
     """
     try:
-        arch = (
-            device_arch(gpu_id) if torch.version.cuda is not None else ""
-        )  # devices of ROCm answer to torch.cuda, too
+        arch = device_arch(gpu_id)
     except Exception as error:  # noqa: BLE001 - drivers fail in many ways, and none of them is the caller's business
         get_logger().info("CUDA device %r does not tell its architecture: %s", gpu_id, error)
         return "llvm"

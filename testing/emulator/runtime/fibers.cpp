@@ -11,7 +11,7 @@ namespace emulator {
 
 State state;
 
-// ---- switching ---------------------------------------------------------------------------------------------------------
+// ---- switching ------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 // Saves the registers that a call preserves and the stack pointer, and takes those of the other fiber.
@@ -82,7 +82,7 @@ void free_stacks() {
   stack_count = 0;
 }
 
-// ---- scheduling --------------------------------------------------------------------------------------------------------
+// ---- scheduling -----------------------------------------------------------------------------------------------------
 
 static void* main_stack;
 static void (*body)(void*);
@@ -172,7 +172,7 @@ static void thread_main() {
   __builtin_unreachable();
 }
 
-// ---- faults ------------------------------------------------------------------------------------------------------------
+// ---- faults ---------------------------------------------------------------------------------------------------------
 
 void fail(const char* format, ...) {
   char message[1024];
@@ -246,7 +246,7 @@ void run_block(void (*call)(void*), void* arguments) {
   sigaltstack(&previous_stack, nullptr);
 }
 
-// ---- what a thread knows of itself ---------------------------------------------------------------------------------------
+// ---- what a thread knows of itself ----------------------------------------------------------------------------------
 
 uint3 thread_index() { return state.current->index; }
 uint3 block_index() { return state.block_index; }

@@ -97,7 +97,7 @@ void mma(const MmaShape& shape, uint32_t* d, const uint32_t* a, const uint32_t* 
   gather("mma", 0xffffffffu, line, &argument, run_mma, true);
 }
 
-// ---- matrices of 8 by 8 elements of 16 bits ----------------------------------------------------------------------------------
+// ---- matrices of 8 by 8 elements of 16 bits -------------------------------------------------------------------------
 
 struct MatrixArgument {
   uint32_t address;

@@ -9,7 +9,7 @@
 
 namespace emulator {
 
-// ---- shared memory -----------------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 
 // As on a card, the lowest KiB is not the block's: an address of zero is an error.
 constexpr size_t static_begin = 1 << 10, static_limit = 48 << 10, dynamic_begin = 64 << 10, arena_bytes = 512 << 10;
@@ -70,7 +70,7 @@ uint32_t shared_address(const void* pointer) {
   return uint32_t(offset);
 }
 
-// ---- global memory -----------------------------------------------------------------------------------------------------------
+// ---- global memory --------------------------------------------------------------------------------------------------
 
 struct Range {
   uintptr_t begin, end;
@@ -112,7 +112,7 @@ static void check_global(uintptr_t address, size_t bytes, Access access) {
   out_of_bounds(address, bytes, access);
 }
 
-// ---- races -------------------------------------------------------------------------------------------------------------------
+// ---- races ----------------------------------------------------------------------------------------------------------
 
 static std::string name_of(size_t offset) {
   char text[96];
@@ -121,7 +121,7 @@ static std::string name_of(size_t offset) {
     return text;
   }
   for (const Array& array : arrays)
-    if (offset + static_gap >= array.begin && offset < array.begin + array.bytes) {
+    if (offset + static_gap > array.begin && offset < array.begin + array.bytes + static_gap / 2) {
       snprintf(text, sizeof text, "byte %ld of a static shared array of %zu bytes", long(offset) - long(array.begin), array.bytes);
       return text;
     }
@@ -191,7 +191,7 @@ void touch(const void* pointer, size_t bytes, Access access) {
   on_access(pointer, bytes, access);
 }
 
-// ---- late copies -------------------------------------------------------------------------------------------------------------
+// ---- late copies ----------------------------------------------------------------------------------------------------
 
 struct Copy {
   uint32_t shared;
@@ -252,7 +252,7 @@ void cp_async_wait(int groups_left) {
   for (size_t& end : own.group_ends) end -= done;
 }
 
-// ---- a grid and its blocks -----------------------------------------------------------------------------------------------------
+// ---- a grid and its blocks ------------------------------------------------------------------------------------------
 
 void begin_grid_memory(const Launch& launch) {
   arrays.clear();
@@ -271,7 +271,7 @@ void begin_block_memory() {
 
 }  // namespace emulator
 
-// ---- what the compiler calls -------------------------------------------------------------------------------------------------------
+// ---- what the compiler calls ----------------------------------------------------------------------------------------
 
 using emulator::Access;
 
@@ -293,7 +293,7 @@ HOOK __tsan_func_entry(void*) {}
 HOOK __tsan_func_exit() {}
 HOOK __tsan_vptr_update(void**, void*) {}
 
-// ---- what checks of undefined behaviour call: an error with the line instead of undefined behaviour ----------------------------
+// ---- what checks of undefined behaviour call: an error with the line instead of undefined behaviour -----------------
 
 struct SourceLocation {
   const char* file;
@@ -306,7 +306,7 @@ HOOK __ubsan_handle_type_mismatch_v1_abort(CheckData* data, void* pointer) {
   emulator::fail("line %u: an access to %p, which is misaligned for its type (or null)", data->where.line, pointer);
 }
 HOOK __ubsan_handle_out_of_bounds_abort(CheckData* data, void* index) {
-  emulator::fail("line %u: index %ld is out of bounds of a local array", data->where.line, long(index));
+  emulator::fail("line %u: index %ld is out of bounds of its array", data->where.line, long(index));
 }
 HOOK __ubsan_handle_shift_out_of_bounds_abort(CheckData* data, void*, void* count) {
   emulator::fail("line %u: a shift by %ld", data->where.line, long(count));

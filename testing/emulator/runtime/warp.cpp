@@ -14,7 +14,7 @@ struct BarrierArgument {
 static int reduced_any[max_barriers], reduced_all[max_barriers], reduced_count[max_barriers];
 static std::vector<BarrierArgument*> barrier_waiting[max_barriers];
 
-// ---- order ---------------------------------------------------------------------------------------------------------------
+// ---- order ----------------------------------------------------------------------------------------------------------
 //
 // An access is stamped with its thread and the epoch of the thread's warp. A warp's epoch ends when all its threads have passed
 // a barrier or a __syncwarp; barriers tell the warps that take part which epochs of each other are over.
@@ -48,7 +48,7 @@ void begin_block_of_warps() {
   }
 }
 
-// ---- gathering -------------------------------------------------------------------------------------------------------------
+// ---- gathering ------------------------------------------------------------------------------------------------------
 
 static const char* describe(unsigned lanes) {
   static char text[64];
@@ -114,7 +114,7 @@ void thread_exited(Thread& thread) {
   drop_copies(thread.number);
 }
 
-// ---- barriers --------------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 
 static void complete_barrier(int number) {
   Barrier& barrier = state.barriers[number];
@@ -193,7 +193,7 @@ void warp_barrier(unsigned mask, int line) {
   }, false);
 }
 
-// ---- shuffles and votes ------------------------------------------------------------------------------------------------------
+// ---- shuffles and votes ---------------------------------------------------------------------------------------------
 
 struct ShuffleArgument {
   Shuffle mode;

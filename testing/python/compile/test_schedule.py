@@ -10,6 +10,7 @@ from bitblas.formats import FORMATS
 from bitblas.layout import PackedLayout
 from bitblas.plan import native_layout, plan_matmul
 from bitblas.schedule import RULES, LaneTiling, Problem, select_rule
+from bitblas.schedule.cpu import CPU_RULES
 from bitblas.schedule.cpu.dots import DOT_UNITS
 from bitblas.target import Target, resolve_target
 
@@ -121,7 +122,7 @@ def test_each_rule_that_declines_says_why():
     with pytest.raises(UnsupportedError, match=r"\n  avx512_vnni: reads .*\n  avx512: needs avx512f"):
         select_rule(both, problem(AVX2))
     with pytest.raises(UnsupportedError, match="is for llvm targets, not cuda -arch=sm_90"):
-        select_rule(RULES, problem(resolve_target("cuda -arch=sm_90")))
+        select_rule(CPU_RULES, problem(resolve_target("cuda -arch=sm_90")))
 
 
 @pytest.mark.parametrize("unit", [unit for unit in DOT_UNITS if unit.instruction == "vpmaddubsw"], ids=lambda u: u.name)

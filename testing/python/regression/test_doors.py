@@ -52,7 +52,7 @@ def test_operators_in_memory_are_compiled_once(store, monkeypatch):
     """Where there is no C compiler nothing is kept on disk, and threads that want the same operator wait for one."""
     compiled = []
     compile_plan = provider.compile_plan
-    monkeypatch.setattr(provider, "find_compiler", lambda: None)
+    monkeypatch.setattr(provider, "find_compiler", lambda target: None)
     monkeypatch.setattr(provider, "compile_plan", lambda plan: compiled.append(plan) or compile_plan(plan))
     config = MatmulConfig((1, 16), 48, 72, "float16", "uint4")
     threads = [threading.Thread(target=Matmul, args=(config,)) for _ in range(6)]

@@ -16,6 +16,7 @@ from bitblas.ops.provider import plan_key
 from bitblas.plan import native_layout, plan_matmul
 from bitblas.schedule import RULES, Problem, select_rule
 from bitblas.target import host_features, resolve_target
+from devices import shift
 
 #: This CPU, and less of it: each instruction set has rules of its own.
 X86 = [
@@ -381,10 +382,11 @@ def test_operands_anywhere_in_memory(build, a_dtype, name, mode, N, K):
         reference.assert_exact(
             op(problem.A, W, **{key: misaligned(tensor) for key, tensor in problem.extras.items()}), problem
         )
-        out = torch.full((m * N + 1,), 77, dtype=torch.float32)
-        assert op(problem.A, W, **problem.extras, output=out[1:].view(m, N)).data_ptr() == out[1:].data_ptr()
-        reference.assert_exact(out[1:].view(m, N), problem)
-        assert out[0] == 77
+        first = shift(torch.float32)
+        out = torch.full((m * N + first,), 77, dtype=torch.float32)
+        assert op(problem.A, W, **problem.extras, output=out[first:].view(m, N)).data_ptr() == out[first:].data_ptr()
+        reference.assert_exact(out[first:].view(m, N), problem)
+        assert (out[:first] == 77).all()
 
 
 @pytest.mark.parametrize("move", [strided, transposed])
@@ -418,12 +420,13 @@ def test_output_is_written_in_full_and_nowhere_else(build, N):
     op = build(config(N, 40, A_dtype="float16", W_dtype="int4", out_dtype="float16", with_scaling=True))
     for m in (1, 2, 13, 17, 33):
         problem = reference.draw(op.config, m, exact=True)
-        room = torch.full((m + 2, N), 77.0, dtype=torch.float16)
-        result = op(problem.A, weigh(op, problem), **problem.extras, output=room[1:-1])
-        assert result.data_ptr() == room[1:-1].data_ptr()
-        reference.assert_exact(room[1:-1], problem)
-        assert (room[0] == 77).all()
-        assert (room[-1] == 77).all()
+        rows = shift(torch.float16)
+        room = torch.full((m + 2 * rows, N), 77.0, dtype=torch.float16)
+        result = op(problem.A, weigh(op, problem), **problem.extras, output=room[rows:-rows])
+        assert result.data_ptr() == room[rows:-rows].data_ptr()
+        reference.assert_exact(room[rows:-rows], problem)
+        assert (room[:rows] == 77).all()
+        assert (room[-rows:] == 77).all()
 
 
 def test_output_of_higher_rank(build):

@@ -235,7 +235,7 @@ def test_a_target_that_the_machine_lacks(address, key, monkeypatch):
 
 
 def test_no_linker(address, key, monkeypatch):
-    monkeypatch.setattr("bitblas.tuner.local.find_compiler", lambda: None)
+    monkeypatch.setattr("bitblas.tuner.local.find_compiler", lambda target=None: None)
     with pytest.raises(BuildError, match="needs a C compiler"):
         tuner.tune_there(MatmulConfig(M=[1], **CONFIG), host_target(), address, key)
 

@@ -103,7 +103,7 @@ def builds(monkeypatch):
 
     def count(plan, *arguments):
         built.append(plan.config)
-        build_library(plan, *arguments)
+        return build_library(plan, *arguments)
 
     if find_compiler() is None:
         pytest.skip("there is no C compiler")

@@ -220,7 +220,7 @@ def test_a_choice_is_used_stored_reused_and_travels(store, monkeypatch, tmp_path
 
 
 def test_without_a_compiler_candidates_run_here(store, monkeypatch, caplog):
-    monkeypatch.setattr(local, "find_compiler", lambda: None)
+    monkeypatch.setattr(local, "find_compiler", lambda target=None: None)
     with caplog.at_level(logging.WARNING, "bitblas"):
         found = Matmul(small(M=[2])).hardware_aware_finetune(topk=2, seconds=300)
     assert len(found[2]["candidates"]) == 2

@@ -9,14 +9,25 @@ from ...config import MatmulConfig
 from ...layout import PackedLayout
 from ...target import Target
 from ..rule import Problem, ScheduleRule, Tiling
+from .dense import DenseRule, DenseTiling
+from .fragments import FragmentGemvRule, FragmentRule, declines_fragments, fragment_layout
 from .threads import ThreadGemvRule, ThreadRule, ThreadTiling
+from .tiles import FragmentTiling
 
-CUDA_RULES: tuple[ScheduleRule[Any], ...] = (ThreadGemvRule(), ThreadRule())
-CUDA_TILINGS: tuple[type[Tiling], ...] = (ThreadTiling,)
+CUDA_RULES: tuple[ScheduleRule[Any], ...] = (
+    DenseRule(),
+    FragmentGemvRule(),
+    FragmentRule(),
+    ThreadGemvRule(),
+    ThreadRule(),
+)
+CUDA_TILINGS: tuple[type[Tiling], ...] = (DenseTiling, FragmentTiling, ThreadTiling)
 
 
 def cuda_layout(config: MatmulConfig, target: Target) -> PackedLayout:
     """The layout of the weights that the kernels of `config` on a card read, all buckets alike."""
+    if declines_fragments(config, target) is None:
+        return fragment_layout(config)
     return PackedLayout(config.N, config.K, config.format.bits, "packed")
 
 

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 WARP = 32
 
-#: Rows up to which lanes share out k, and those that a thread takes at most: eight would not fit the registers.
-GEMV_ROWS, _THREAD_ROWS = 8, 4
+#: Rows up to which lanes share out k.
+GEMV_ROWS = 8
+
+#: Rows that a thread takes at most, so that all fits the registers; and where it quantizes them.
+_THREAD_ROWS, _QUANTIZED_ROWS = 4, 2
 
 #: A chunk that is shorter than this, beside a group that is longer, is worth a last chunk that is not full.
 _SHORTEST_CHUNK = 8
@@ -124,7 +127,8 @@ class ThreadGemvRule(ScheduleRule[ThreadTiling]):
         bits = problem.layout.bits
         longest = 64 if problem.m == 1 else WARP
         block_k = min(longest, max(16, _LOAD_BITS // bits if _LOAD_BITS % bits == 0 else WARP))
-        rows = -(-problem.m // -(-problem.m // _THREAD_ROWS))
+        most = _QUANTIZED_ROWS if problem.config.dynamic_quantization else _THREAD_ROWS
+        rows = -(-problem.m // -(-problem.m // most))
         found = []
         for thread_n, warps, lanes in self._shapes(problem):
             probe = ThreadTiling(rows, thread_n * warps, block_k, rows, thread_n, dot=dot_of(problem))

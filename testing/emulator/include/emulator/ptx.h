@@ -5,7 +5,7 @@
 
 namespace emulator {
 
-// ---- instructions of the runtime ---------------------------------------------------------------------------------------
+// ---- instructions of the runtime ------------------------------------------------------------------------------------
 
 enum class Number { f16, bf16, tf32, e4m3, e5m2, s8, u8, s4, u4, f32, s32 };
 struct MmaShape {
@@ -26,7 +26,7 @@ EMULATOR_API void bar_arrive(int number, int threads, int line);
 
 namespace ptx {
 
-// ---- registers ---------------------------------------------------------------------------------------------------------
+// ---- registers ------------------------------------------------------------------------------------------------------
 
 template <typename T>
 inline constexpr bool is_pointer = false;
@@ -58,7 +58,7 @@ inline void set(Register& target, T value) {
 }
 inline void set(bool& target, bool value) { target = value; }
 
-// ---- memory ------------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 inline char* shared(uint64_t address) { return shared_arena() + uint32_t(address); }
 inline char* global(uint64_t address) { return (char*)address; }
@@ -92,7 +92,7 @@ inline auto widened(T value) {
   else return value;
 }
 
-// ---- integers ----------------------------------------------------------------------------------------------------------
+// ---- integers -------------------------------------------------------------------------------------------------------
 
 inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
   uint32_t result = 0;
@@ -142,7 +142,7 @@ inline uint32_t dp4a(uint32_t a, uint32_t b, uint32_t c) {
 inline uint64_t pack64(uint32_t low, uint32_t high) { return uint64_t(high) << 32 | low; }
 
 
-// ---- 16-bit floats, one in 16 bits or two in 32 --------------------------------------------------------------------------
+// ---- 16-bit floats, one in 16 bits or two in 32 ---------------------------------------------------------------------
 
 template <typename Format, typename Bits, typename Function>
 inline Bits by_half(Bits a, Bits b, Bits c, Function function) {

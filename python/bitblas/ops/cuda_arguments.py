@@ -1,0 +1,83 @@
+"""The door of a matmul on a card: tensors on one device, which can run the code, at addresses that vectors can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from ..config import MatmulConfig
+from ..errors import ArgumentError, UnsupportedError
+from ..target import Target, device_arch, runs_on
+from .arguments import Door
+
+#: Kernels load and store so many bytes at once.
+ALIGNMENT = 16
+
+
+class CudaDoor(Door):
+    """Checks and binds the arguments of one operator for cards.
+
+    Parameters
+    ----------
+    config : MatmulConfig
+        What the operator was built for.
+    weight_shape : tuple of int
+        Shape of the weights in its layout.
+    target : Target
+        What it was compiled for.
+    """
+
+    device: ClassVar[str] = "cuda"
+
+    def __init__(self, config: MatmulConfig, weight_shape: tuple[int, ...], target: Target) -> None:
+        super().__init__(config, weight_shape)
+        self._target = target
+        self._able: set[int] = set()  # indices of devices that can run the target's code
+
+    def enter(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None] | None,
+        output: torch.Tensor | None,
+    ) -> tuple[int, list[torch.Tensor], torch.Tensor]:
+        """See `Door`; all tensors must be on one device.
+
+        Raises
+        ------
+        UnsupportedError
+            The device cannot run the target's code.
+        """
+        m, operands, out = super().enter(A, W, extras, named, output)
+        index = operands[0].get_device()
+        if index not in self._able:
+            self._check_device(operands[0])
+        for place, tensor in enumerate(operands):
+            if tensor.get_device() != index or not tensor.is_cuda:
+                self._refuse(self._operands[place - 1].name, tensor, operands[0])
+            if tensor.data_ptr() % ALIGNMENT:
+                operands[place] = tensor.clone()
+        if output is not None and (out.get_device() != index or out.data_ptr() % ALIGNMENT):
+            self._refuse("output", out, operands[0])
+        return m, operands, out
+
+    def _check_device(self, a: torch.Tensor) -> None:
+        if not a.is_cuda:
+            raise ArgumentError(f"A is on device {a.device}; this operator runs on {self.device}")
+        arch = device_arch(a.get_device())
+        if not runs_on(self._target.arch, arch):
+            raise UnsupportedError(
+                f"A is on {a.device}, of compute capability {arch}, and this operator was built for {self._target.arch}, which "
+                f"does not run there; construct another with target='cuda -arch={arch}'"
+            )
+        self._able.add(a.get_device())
+
+    def _refuse(self, name: str, tensor: torch.Tensor, a: torch.Tensor) -> None:
+        if tensor.device != a.device:
+            raise ArgumentError(f"{name} is on device {tensor.device}; expected {a.device}, where A is")
+        raise ArgumentError(
+            f"{name} begins at the address {tensor.data_ptr():#x}; it must be a multiple of {ALIGNMENT}"
+        )

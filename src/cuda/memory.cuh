@@ -1,0 +1,87 @@
+// How operands reach registers and shared memory.
+#pragma once
+
+// Weights: read once, so that they leave the first-level cache to the activations. 16, 8 or 4 bytes, aligned to that.
+BITBLAS_DEVICE void bitblas_stream_16(unsigned* out, const void* from) {
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "l"(from));
+}
+
+BITBLAS_DEVICE void bitblas_stream_8(unsigned* out, const void* from) {
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "l"(from));
+}
+
+BITBLAS_DEVICE void bitblas_stream_4(unsigned* out, const void* from) {
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(out[0]) : "l"(from));
+}
+
+// Activations, which all warps read.
+BITBLAS_DEVICE void bitblas_load_16(unsigned* out, const void* from) {
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "l"(from));
+}
+
+BITBLAS_DEVICE void bitblas_load_8(unsigned* out, const void* from) {
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "l"(from));
+}
+
+BITBLAS_DEVICE unsigned bitblas_shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+BITBLAS_DEVICE void bitblas_load_shared_16(unsigned* out, const void* from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(bitblas_shared_address(from)));
+}
+
+BITBLAS_DEVICE void bitblas_load_shared_8(unsigned* out, const void* from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(out[0]), "=r"(out[1])
+               : "r"(bitblas_shared_address(from)));
+}
+
+// 16 bytes to shared memory, of which the first num_bytes are read and the rest is 0; there after bitblas_wait_copies and a
+// barrier. Before capability 8.0 the thread does it itself, at once.
+BITBLAS_DEVICE void bitblas_copy_async(void* to, const void* from, int num_bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(bitblas_shared_address(to)), "l"(from), "r"(num_bytes)
+               : "memory");
+#else
+  unsigned words[4] = {0, 0, 0, 0};
+  if (num_bytes) bitblas_load_16(words, from);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(bitblas_shared_address(to)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#endif
+}
+
+BITBLAS_DEVICE void bitblas_commit_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Wait for all but the last `pending` groups of copies.
+template <int pending>
+BITBLAS_DEVICE void bitblas_wait_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Count one arrival at a tile, after all that the block has written can be seen; returns how many came before.
+BITBLAS_DEVICE int bitblas_arrive(int* counter) {
+  __threadfence();
+  return atomicAdd(counter, 1);
+}
+
+// See what all blocks have written that had arrived.
+BITBLAS_DEVICE void bitblas_see_arrived() {
+  __threadfence();
+}

@@ -1,0 +1,262 @@
+"""On which device the tests of `run/` run operators: this CPU, a graphics card, or what stands for one on this CPU.
+
+The tests hand over tensors on the CPU. Where "this machine" is a card, an operator without a target, or for ``"llvm"``, is one
+for the card, and a call copies tensors there and back: with their strides, their distance from an aligned address and the
+memory that they share, so that views, gaps and overlaps are on the card what they are here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import tvm_ffi
+
+#: ``emulated`` runs the text for cards in the emulator, which takes seconds for each operator. ``mirrored`` calls the CPU's
+#: kernels as a card's are called: it tests this module.
+DEVICES = ("cpu", "cuda", "emulated", "mirrored")
+#: The card that is emulated.
+EMULATED = "cuda -arch=sm_80"
+
+#: Files, or tests of them, that are not run on cards, and why.
+NOT_ON_CARDS = {
+    "test_cli.py": "the commands have tests of their own",
+    "test_docs.py": "the documents are about any machine",
+    "test_float_activations.py::test_slices_keep_what_float32_sums_keep": "slices are for CPUs with VNNI",
+    "test_float_activations.py::test_pairs_of_bfloat16_are_exact_but_for_the_sums": "pairs are for CPUs with AVX512-BF16",
+    "test_matmul.py::test_targets": "compares CPUs",
+    "test_matmul.py::test_bits_do_not_depend_on_run_or_threads": "threads are the CPU's",
+    "test_matmul.py::test_default_device_is_of_no_account": "a default device of cuda is in test_cuda_streams.py",
+    "test_operator.py::test_the_script_the_schedule_and_the_code_can_be_read": "reads LLVM's code",
+    "test_operator.py::test_names_that_are_not_taken": "names targets of CPUs",
+    "test_operator.py::test_old_forms_of_a_target": "names targets of CPUs",
+    "test_operator.py::test_a_damaged_record_counts_as_none": "writes a tiling of CPUs",
+    "test_operator.py::test_a_record_with_another_content_counts_as_none": "writes a tiling of CPUs",
+    "test_operator.py::test_a_record_makes_a_store_as_private_as_it_must_be": "writes a tiling of CPUs",
+    "test_operator.py::test_the_log_says_what_is_built_and_where": "starts a process, which is for this CPU",
+    "test_operator.py::test_a_compiler_may_have_options": "is about the C compiler",
+    "test_operator.py::test_a_failing_compiler_shows_its_command_and_output": "is about the C compiler",
+    "test_operator_cache.py": "starts processes, which are for this CPU; test_cuda_operator.py saves and loads",
+    "test_promised_instructions.py": "reads x86-64",
+    "test_public_api.py::test_targets_that_are_this_machine": "names this CPU",
+    "test_public_api.py::test_the_source_is_text": "reads LLVM's code",
+    "test_public_api.py::test_construction_on_no_device_and_without_gradients": "a default device of cuda is elsewhere",
+    "test_public_api.py::test_latency_is_in_milliseconds": "watches the clock of CPUs",
+    "test_python_api.py": "compares documents",
+    "test_quickstart.py": "starts a process, which is for this CPU",
+    "test_rpc.py": "a server of TVM measures CPUs",
+    "test_threads_processes.py": "CUDA cannot be used after a fork; threads are in test_cuda_streams.py",
+    "test_tilings.py": "names targets of CPUs; test_matmul.py has every tiling of this machine",
+    "test_tuning.py": "test_cuda_tuning.py has kernels that crash a card",
+    "test_warm_start.py": "starts processes, which are for this CPU; test_cuda_operator.py does so for a card",
+    "test_wrong_uses.py": "what is wrong is refused before a kernel runs; devices are in test_cuda_streams.py",
+}
+#: Files of `run/` that are about cards alone.
+ONLY_ON_CARDS = re.compile(r"test_cuda_\w+\.py$")
+#: A parameter of a test with this name is a target; these are other names of this machine.
+_TARGETS = ("target", "mcpu")
+_THIS_MACHINE = (None, "auto", "llvm")
+#: What this run was asked for.
+_current = ["cpu"]
+
+
+def wanted(device: str | None, marks: str) -> str:
+    """The device that the options of a run ask for: ``-m cuda`` alone means the card."""
+    return device or ("cuda" if re.search(r"(?<!not )\bcuda\b", marks) else "cpu")
+
+
+def why_not(path: str, name: str, parameters: dict[str, object]) -> str | None:
+    """Why a test of `run/` says nothing about cards; None where it does.
+
+    Parameters
+    ----------
+    path : str
+        The name of its file.
+    name : str
+        The function's.
+    parameters : dict
+        What it is parametrised by.
+    """
+    reason = NOT_ON_CARDS.get(path) or NOT_ON_CARDS.get(f"{path}::{name}")
+    if reason is None and any(parameters.get(key) not in _THIS_MACHINE for key in _TARGETS):
+        reason = "is for another CPU"
+    return reason
+
+
+def shift(dtype: torch.dtype) -> int:
+    """Elements between an aligned address and one where an output may begin: cards refuse what 16 does not divide."""
+    return 1 if _current[0] != "cuda" else 16 // dtype.itemsize
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------------
+
+
+class Mirror:
+    """Copies of CPU tensors on a device: what shares memory here does so there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._storages: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, value: object) -> object:
+        """The copy of a dense CPU tensor, with its offset, strides and class; anything else as it is."""
+        if not _can_be_copied(value):
+            return value
+        storage = value.untyped_storage()
+        key = (storage.data_ptr(), storage.nbytes())
+        if key not in self._storages:
+            here = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+            there = torch.empty(len(here), dtype=torch.uint8, device=self.device).copy_(here)
+            self._storages[key] = here, there
+        place = self._storages[key][1].untyped_storage()
+        copy = torch.empty(0, dtype=value.dtype, device=self.device)
+        copy.set_(place, value.storage_offset(), value.size(), value.stride())
+        copy = torch._neg_view(copy) if value.is_neg() else copy
+        if isinstance(value, torch.nn.Parameter):
+            return torch.nn.Parameter(copy, requires_grad=value.requires_grad)
+        return copy.requires_grad_() if value.requires_grad else copy
+
+    def bring_back(self) -> None:
+        """Write what has changed on the device, wherever in the memory of a tensor, to where it came from."""
+        for here, there in self._storages.values():
+            found = there.to("cpu")
+            if not torch.equal(found, here):
+                here.copy_(found)
+
+
+def _can_be_copied(value: object) -> bool:
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+    )
+
+
+def mirrored_call(forward: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    """`forward`, a method of operators on `device`, for tensors on the CPU; tensors of the device are handed on."""
+
+    @functools.wraps(forward)
+    def call(self: object, *args: object, **kwargs: object) -> torch.Tensor:
+        values = [*args, *kwargs.values()]
+        if not any(map(_can_be_copied, values)):
+            return forward(self, *args, **kwargs)
+        mirror = Mirror(device)
+        copies = [mirror.of(value) for value in values]
+        result = forward(self, *copies[: len(args)], **dict(zip(kwargs, copies[len(args) :], strict=True)))
+        mirror.bring_back()
+        given = [value for value, copy in zip(values, copies, strict=True) if copy is result]
+        return given[0] if given else result.to("cpu", copy=True)
+
+    return call
+
+
+# -- operators -------------------------------------------------------------------------------------------------------------
+
+
+def install(device: str, targets: Iterable[object] = _THIS_MACHINE) -> None:
+    """Let operators for this machine be operators for a device, in this process."""
+    import bitblas
+
+    _current[0] = device
+    if device == "cpu":
+        return
+    if device in ("cuda", "emulated"):
+        _redirect(tuple(targets), "cuda" if device == "cuda" else EMULATED)
+    if device == "emulated":
+        emulate(setattr)
+        return
+    place = torch.device("cuda" if device == "cuda" else "cpu")
+    bitblas.Matmul.forward = bitblas.Matmul.__call__ = mirrored_call(bitblas.Matmul.forward, place)
+
+
+def _redirect(names: tuple[object, ...], card: str) -> None:
+    """Resolve the names of this machine to a card, in every module that asks for a target."""
+    from bitblas import target
+
+    real = target.resolve_target
+
+    @functools.wraps(real)
+    def resolve(asked: object = None) -> target.Target:
+        return real(card if isinstance(asked, str | None) and asked in names else asked)
+
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "bitblas" and getattr(module, "resolve_target", None) is real:
+            module.resolve_target = resolve
+
+
+# -- the emulator ----------------------------------------------------------------------------------------------------------
+
+
+class _Checked:
+    """A library of the emulator, of which each call is watched for accesses beside its tensors."""
+
+    def __init__(self, library: object) -> None:
+        self._library = library
+
+    def __getitem__(self, name: str) -> Callable[..., None]:
+        import emulator
+
+        function = self._library[name]
+        return lambda *operands: emulator.run(function, *operands, seeds=(0,))
+
+
+class _Rooms:
+    """Room to share sums in: of any content; counters are 0 before and, which is looked at here, after each kernel."""
+
+    def __init__(self) -> None:
+        self._counters = torch.zeros(0, dtype=torch.int32)
+
+    def get(self, device: int, num_sums: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert not self._counters.any(), "a kernel has left a counter that is not 0"
+        self._counters = torch.zeros(num_counters, dtype=torch.int32, device="cpu")
+        return torch.full((num_sums,), torch.nan, device="cpu"), self._counters
+
+
+def emulate(replace: Callable[[object, str, object], None]) -> None:
+    """Let operators for cards be built for the emulator and take tensors on the CPU.
+
+    What is replaced: nvcc, the loader, the room for sums, and of the door the device. All else is what cards get.
+
+    Parameters
+    ----------
+    replace : callable
+        Sets an attribute of a module: `setattr`, or that of a monkeypatch.
+    """
+    import emulator
+
+    from bitblas import build, env, runtime
+    from bitblas.cuda import compile as cuda_compile
+    from bitblas.ops import matmul
+    from bitblas.ops.arguments import Door
+    from bitblas.ops.cuda_arguments import ALIGNMENT, CudaDoor
+
+    class EmulatedDoor(CudaDoor):
+        device = "cpu"
+
+        def enter(self, *arguments: object) -> tuple[int, list[torch.Tensor], torch.Tensor]:
+            m, operands, out = Door.enter(self, *arguments)
+            return m, [t.clone() if t.data_ptr() % ALIGNMENT else t for t in operands], out
+
+    def compile_library(_: str, source: Path, library: Path, arch: str) -> dict[str, object]:
+        rooms = env.CACHE_DIR.get() / "emulator"
+        rooms.mkdir(exist_ok=True)
+        shutil.copy(emulator.build(source.read_text(), rooms, arch), library)
+        return {}
+
+    def load_module(path: str) -> _Checked:
+        emulator.load(next((env.CACHE_DIR.get() / "emulator").glob("[!l]*.so")))  # and with it what all of them need
+        return _Checked(tvm_ffi.load_module(path))
+
+    replace(cuda_compile, "find_cuda_compiler", lambda: "the emulator")
+    replace(cuda_compile, "compile_library", compile_library)
+    replace(cuda_compile, "nvcc_version", lambda _: "")
+    replace(runtime, "tvm_ffi", SimpleNamespace(load_module=load_module))
+    replace(runtime, "workspaces", _Rooms())
+    replace(matmul, "CudaDoor", EmulatedDoor)
+    replace(build, "find_cuda_compiler", cuda_compile.find_cuda_compiler)

@@ -1,0 +1,260 @@
+"""Measuring on cards, without one: batches on a made-up stopwatch, the runner, a dead card, the search and its record."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from bitblas import MatmulConfig, cards, env, measuring, tuner
+from bitblas.errors import UnsupportedError
+from bitblas.layout import PackedLayout
+from bitblas.machines import Card
+from bitblas.plan import KernelPlan, MatmulPlan
+from bitblas.runtime import Kernels
+from bitblas.schedule import ScheduleRule, Tiling
+from bitblas.target import Target, resolve_target
+from bitblas.tuner import LostError, children, local, record
+from bitblas.tuner.search import candidates, tiling_of
+
+CARD = Target("cuda", "sm_90", card=Card(132, 227 << 10, 50 << 20, 4800))
+CONFIG = MatmulConfig(M=(1, 16), N=64, K=128, W_dtype="uint4", accum_dtype="float32", with_scaling=True)
+
+
+class FakeStopwatch:
+    """Launches that take as long as is said; those of a batch are done when it runs, as a graph does."""
+
+    def __init__(self, seconds=1e-5):
+        self.seconds, self.prepared = seconds, []
+
+    def once(self, call):
+        call(0)
+        return self.seconds + 1e-4  # what a call costs the host
+
+    def prepare(self, call, count):
+        result = []
+        self.prepared.append(count)
+
+        def run():
+            for index in range(count):
+                result[:] = [call(index)]
+            return self.seconds * count
+
+        run()
+        return cards.Batch(run, count, result)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "copies", "count"),
+    [
+        (1e-5, 1, 100),  # a millisecond
+        (1e-5, 30, 120),  # … in whole rounds of the copies
+        (1e-6, 30, 1020),
+        (1e-9, 1, cards.MOST_LAUNCHES),
+        (1e-9, 3000, 3000),
+        (1e-9, 5000, 5000),
+        (1e-3, 2, 2),
+        (5e-3, 16, 4),  # what takes so long needs no copies
+        (1.0, 3, 1),
+    ],
+)
+def test_a_batch_is_long_and_goes_round_the_copies(seconds, copies, count):
+    class Exact(FakeStopwatch):
+        def once(self, call):
+            return self.seconds
+
+    assert cards.batch_of(Exact(seconds), lambda index: index, copies).count == count
+
+
+def test_batches_give_seconds_of_a_launch():
+    calls = []
+    batch = FakeStopwatch(2e-4).prepare(lambda index: calls.append(index) or index, 5)
+    assert batch.result == [4]
+    del calls[:]
+    assert cards.take_batches(batch, least=2, seconds=1e-9) == pytest.approx([2e-4] * 2)
+    assert calls == [0, 1, 2, 3, 4] * 2
+    assert len(cards.take_batches(batch, least=1, seconds=3.5e-3)) == 4
+    assert len(cards.take_batches(batch, least=1, seconds=1e9)) == measuring.TURN_CALLS
+
+
+def test_weights_go_round_the_cache_of_the_card():
+    assert cards.cache_bytes_of(CARD) == 50 << 20
+    assert cards.cache_bytes_of(resolve_target("haswell")) is None
+    layout = PackedLayout(4096, 4096, 4, "packed")
+    wide = replace(CONFIG, M=1, N=4096, K=4096)
+    found = measuring.Operands(wide, layout, 1, cache=50 << 20)
+    assert len(found.weights) == 25  # 8 MB each, four times 50 MB
+    assert all(torch.equal(found.weights[0], other) for other in found.weights[1:])
+    assert len({other.data_ptr() for other in found.weights}) == 25
+
+
+def test_operands_are_the_same_on_every_device():
+    layout = PackedLayout(64, 128, 4, "packed")
+    here = measuring.random_operands(CONFIG, layout, 3)
+    there = measuring.random_operands(CONFIG, layout, 3, torch.device("meta"))
+    assert there[0].device.type == "meta"
+    assert [(t.shape, t.dtype) for t in here[1]] == [(t.shape, t.dtype) for t in there[1]]
+    assert torch.equal(measuring.random_operands(CONFIG, layout, 3)[0], here[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_target_without_its_device():
+    assert cards.device_of(resolve_target("haswell")) == torch.device("cpu")
+    with pytest.raises(UnsupportedError, match="there is no CUDA device for cuda -arch=sm_90"):
+        cards.device_of(CARD)
+
+
+def test_the_device_of_a_target(monkeypatch):
+    archs = ["sm_86", "sm_90", "sm_90"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(archs))
+    monkeypatch.setattr(cards, "device_arch", lambda index: archs[index])
+    for current, expected in ((0, 1), (1, 1), (2, 2)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert cards.device_of(CARD) == torch.device("cuda", expected)
+    assert cards.device_of(Target("cuda", "sm_90a")) == torch.device("cuda", 2)
+    assert cards.device_of(Target("cuda", "sm_80")) == torch.device("cuda", 0)
+    with pytest.raises(UnsupportedError):
+        cards.device_of(Target("cuda", "sm_89"))
+
+
+# -- the runner ------------------------------------------------------------------------------------------------------------
+
+
+def plan_of(tiling, config=CONFIG, target=CARD):
+    layout = PackedLayout(config.N, config.K, config.format.bits, "packed")
+    return MatmulPlan(config.kernel, target, layout, (KernelPlan("matmul_0", "fake", tiling, (16,)),))
+
+
+class Library(dict):
+    """A library of one function, which writes a number."""
+
+    def __init__(self, value):
+        def function(*operands):
+            *inputs, out = operands
+            assert [t.device.type for t in inputs] == ["cpu"] * 3
+            out.fill_(value)
+
+        super().__init__(matmul_0=function)
+
+
+def kernels(value):
+    return Kernels(Library(value), [(16, "matmul_0", 1 << 20)])
+
+
+def test_the_runner_times_batches_and_compares_results():
+    watch = FakeStopwatch(1.1e-4)  # launches of 0.11 ms, which a call's cost makes 0.21
+    runner = local.Runner(watch)
+    first, same, other = (plan_of(Tiling(1, 16, k)) for k in (8, 16, 32))
+    assert runner.turn(kernels(1.0), first, 16, None) == pytest.approx([1.1e-4] * 3)
+    assert runner.turn(kernels(1.0), same, 16, kernels(1.0)) == pytest.approx([1.1e-4] * 3)
+    assert "gives other results: 1024 of 1024" in runner.turn(kernels(1.5), other, 16, kernels(1.0))
+    assert watch.prepared == [95] * 3
+    assert runner.turn(kernels(1.0), first, 16, None) == pytest.approx([1.1e-4] * 3)
+    assert watch.prepared == [95] * 3  # it was prepared before
+    runner.turn(kernels(2.0), first, 1, None)
+    assert watch.prepared == [95] * 4  # other operands
+
+
+def test_a_card_that_still_computes_loses_the_candidate_alone():
+    error = RuntimeError("CUDA error: invalid argument\nfurther lines")
+    assert local.end_unless_usable(error, lambda: None) == "cannot be run: CUDA error: invalid argument"
+    assert local.end_unless_usable(RuntimeError(), lambda: None) == "cannot be run: RuntimeError"
+
+
+@pytest.mark.slow
+def test_a_card_that_computes_no_more_ends_the_child_which_starts_again():
+    script = (
+        "from bitblas.tuner.local import end_unless_usable\n"
+        "def dead():\n"
+        "    raise RuntimeError('CUDA error: an illegal memory access was encountered\\nmore')\n"
+        "end_unless_usable(RuntimeError('launch failed'), dead)"
+    )
+    with children.Children(1) as found:
+        with pytest.raises(
+            LostError, match=r"^crashed with status 70: error: CUDA error: an illegal memory access was enc"
+        ):
+            found.first.call(exec, script, seconds=60)
+        assert found.first.call(abs, -1, seconds=60) == 1
+
+
+def test_a_job_on_a_card_says_what_cannot_be_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    plan = plan_of(Tiling(1, 16, 8))
+
+    def fail(*_):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(local, "_loaded", fail)
+    assert local.turn_job("k.so", plan, 16, 1, None) == "cannot be run: no kernel image is available"
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        local.turn_job("k.so", replace(plan, target=resolve_target("haswell")), 16, 1, None)
+
+
+def test_time_of_an_operator_on_a_card():
+    layout = PackedLayout(64, 128, 4, "packed")
+    assert cards.time_on(CARD, kernels(1.0), CONFIG, layout, 16, FakeStopwatch(3e-5)) == pytest.approx(3e-5)
+
+
+# -- the search ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FakeTiling(Tiling):
+    stages: int = 1
+
+    kind = "fake"
+
+
+class FakeRule(ScheduleRule):
+    """Offers tilings for cards."""
+
+    name, target_kind, layouts = "fake_mma", "cuda", ("packed",)
+
+    def tilings(self, problem):
+        return [FakeTiling(16, 64, 32, stages) for stages in (1, 2, 3, 4)]
+
+    def apply(self, func, problem, tiling):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    found = (FakeRule(),)
+    for module in ("bitblas.plan", "bitblas.tuner.search"):
+        monkeypatch.setattr(f"{module}.RULES", found)
+    monkeypatch.setattr("bitblas.schedule._TILINGS", {"fake": FakeTiling})
+    monkeypatch.setattr("bitblas.schedule.cuda_layout", lambda config, target: PackedLayout(64, 128, 4, "packed"))
+    return found
+
+
+class Bench:
+    """A workbench whose kernels are faster the more stages they have, and one of which kills the card."""
+
+    now = 0.0
+
+    def build(self, plans, go_on):
+        for plan in plans:
+            yield plan, ""
+
+    def turn(self, plan, m, like):
+        stages = tiling_of(plan).stages
+        if stages == 4:
+            raise LostError("crashed with status 70: error: CUDA error: an illegal memory access was encountered")
+        self.now += 0.01
+        return [1e-4 / stages] * 3
+
+
+@pytest.mark.usefixtures("rules")
+def test_tilings_of_cards_are_raced_and_the_record_belongs_to_the_card(tmp_path):
+    assert [tiling_of(plan).stages for plan in candidates(CONFIG, CARD, 20)[16]] == [1, 2, 3, 4]
+    bench = Bench()
+    found = tuner.tune(CONFIG, CARD, 20, bench, 30.0, lambda: bench.now).buckets
+    assert {m: row.tiling.stages for m, row in found.items()} == {1: 3, 16: 3}
+    assert all("illegal memory access" in row.lost[0][1] for row in found.values())
+    with env.scope(BITBLAS_CACHE_DIR=tmp_path):
+        tuner.save_record(CONFIG, CARD, found, {"name": "here", "cpu": "none", "card": {"name": "NVIDIA H200"}})
+        assert {m: t.stages for m, t in tuner.load_record(CONFIG, CARD).items()} == {1: 3, 16: 3}
+        others = [replace(CARD.card, **{name: 7}) for name in ("num_sms", "shared_bytes", "l2_bytes", "memory_gbs")]
+        for other in (*(replace(CARD, card=card) for card in others), replace(CARD, arch="sm_100")):
+            assert tuner.load_record(CONFIG, other) is None
+        assert record.record_path(CONFIG, replace(CARD, card=replace(CARD.card))) == record.record_path(CONFIG, CARD)
