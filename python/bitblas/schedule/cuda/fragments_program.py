@@ -17,7 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import MatmulConfig
-from ...expr.matmul import finish
+from ...expr.storage import finish
 from ...expr.streams import join_bytes
 from ...formats import FORMATS
 from ...layout import FRAGMENT_K, FRAGMENT_N, WARP, PackedLayout, Plane
