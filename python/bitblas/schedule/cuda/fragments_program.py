@@ -17,7 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import MatmulConfig
-from ...expr.storage import finish
+from ...expr.storage import finish, placed_dtype, widen
 from ...expr.streams import join_bytes
 from ...formats import FORMATS
 from ...layout import FRAGMENT_K, FRAGMENT_N, WARP, PackedLayout, Plane
@@ -159,7 +159,7 @@ class FragmentProgram:
         self.m = tirx.Var("m", "int32")
 
         def argument(name: str, shape: Sequence[Any], dtype: str) -> tirx.Buffer:
-            return _named(name, B.match_buffer(B.arg(f"{name}_handle", B.handle()), shape, dtype))
+            return _named(name, B.match_buffer(B.arg(f"{name}_handle", B.handle()), shape, placed_dtype(dtype, True)))
 
         self.A = argument("A", (self.m, cfg.K), cfg.activation_dtype)
         self.W = argument("W", (self.layout.num_bytes,), "int8")
@@ -220,9 +220,9 @@ class FragmentProgram:
         self.weights = _Registers("weights", 4, "uint32")
         per_row = 2 * self.num_folds * tiling.n_tiles
         if self.scales_groups:
-            self.scales, self.next_scales = self._now_and_next("scales", per_row, self.config.scale_dtype)
+            self.scales, self.next_scales = self._now_and_next("scales", per_row, self.S.dtype)
         if self.float_zeros:
-            self.zeros, self.next_zeros = self._now_and_next("zeros", per_row, self.config.scale_dtype)
+            self.zeros, self.next_zeros = self._now_and_next("zeros", per_row, self.Z.dtype)
         if self.config.zeros_packed:
             self.zero_bytes = 2 if 8 % self.config.format.bits else 1
             self.zeros, self.next_zeros = self._now_and_next("zeros", per_row * self.zero_bytes, "int8")
@@ -444,7 +444,7 @@ class FragmentProgram:
         offset = tirx.const(float(fmt.code_offset), "float32")
         found: Expr = tirx.const(False, "bool")
         for index in range(self.zeros.size):
-            zero = self.zeros[index].astype("float32") + offset
+            zero = widen(self.zeros[index]) + offset
             whole = tirx.max(tirx.min(tirx.nearbyint(zero), tirx.const(largest, "float32")), tirx.const(0.0, "float32"))
             self.offsets[index] = whole.astype("uint32")
             self.rests[index] = zero - self.offsets[index].astype("float32")
@@ -515,12 +515,12 @@ class FragmentProgram:
                 for element in range(4):
                     index, at = tile * 4 + element, self._per_row(n_tile, fold, element // 2)
                     value = self.sums[index].astype("float32")
-                    scale = self.scales[at].astype("float32") if self.scales_groups else None
+                    scale = widen(self.scales[at]) if self.scales_groups else None
                     shift = None
                     if self.row_sums is not None:
                         row_sum = self.row_sums[m_tile * 4 + element].astype("float32")
                         zeros = self.rests if self.splits_zeros else self.zeros
-                        shift = row_sum * zeros[at].astype("float32")
+                        shift = row_sum * widen(zeros[at])
                     if shift is not None and cfg.zeros_mode != "rescale":
                         value = value - shift
                     value = value if scale is None else value * scale
@@ -611,7 +611,7 @@ class FragmentProgram:
         with _when(inside):
             scale = self.S[n, 0] if cfg.with_scaling and cfg.integer_accumulation else None
             bias = self.bias[n] if self.bias is not None else None
-            B.buffer_store(self.out, finish(cfg, value, scale, None, bias, threads=True), [m, n])
+            B.buffer_store(self.out, finish(cfg, value, scale, None, bias, threads=True, as_bits=True), [m, n])
 
 
 def _widening(config: MatmulConfig) -> str:
