@@ -31,6 +31,8 @@ _MOST_TILES = 16
 #: Steps over k that a warp of a split takes at least: more where activations are staged, which takes a while to begin.
 _LEAST_STEPS, _LEAST_STAGED_STEPS = 2, 4
 _MOST_PARTS = 8
+#: Rows up to which multiprocessors wait for weights, so that two blocks at once keep more of them on their way.
+_WAITS_ROWS = 64
 #: Rows of a launch of a kernel whose sums meet in memory.
 _SPLIT_SLAB = 256
 _STAGES = 4
@@ -162,7 +164,8 @@ def _with_parts(problem: Problem, tilings: list[FragmentTiling]) -> list[Fragmen
         tiles = -(-problem.m // tiling.block_m) * -(-config.N // tiling.block_n)
         steps = config.K // tiling.block_k
         least = (_LEAST_STAGED_STEPS if tiling.stages else _LEAST_STEPS) * tiling.warps_k
-        parts = min(card.num_sms // tiles, steps // least, _MOST_PARTS)
+        wanted = card.num_sms * (2 if problem.m <= _WAITS_ROWS else 1) // tiles
+        parts = min(wanted, steps // least, _MOST_PARTS)
         if parts > 1:
             found.append(replace(tiling, split_k=parts, slab_m=max(_SPLIT_SLAB, problem.m)))
         found.append(tiling)
