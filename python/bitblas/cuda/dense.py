@@ -92,7 +92,11 @@ class DenseMatmul:
 
     def _dropper(self, key: int) -> Callable[[object], None]:
         kept = self._kept  # and not this object, which it would keep alive
-        return lambda _dead: kept.pop(key, None) and None
+
+        def drop(_dead: object) -> None:
+            kept.pop(key, None)
+
+        return drop
 
     def _decoded(self, w: torch.Tensor, extras: Sequence[torch.Tensor]) -> torch.Tensor:
         matrix = torch.empty(self._config.N, self._config.K, dtype=self._dtype, device=w.device)

@@ -114,8 +114,13 @@ def test_where_nvrtc_is_looked_for(nothing, monkeypatch):
     assert nvrtc.find_headers(str(libraries[13])) == header.parent
     with pytest.raises(BuildError, match="NVRTC cannot be loaded"):
         nvrtc.compile_cubin(str(libraries[13]), "", "sm_90")
-    program(nothing / "bin" / "nvcc", "exit 0")  # which comes first
-    assert compiling.find_cuda_compiler() == str(nothing / "bin" / "nvcc")
+    nvcc_here = program(nothing / "bin" / "nvcc", "exit 0")
+    assert compiling.find_cuda_compiler() == str(libraries[13])  # there is no C++ compiler for nvcc
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-ccbin /opt/g++")
+    assert compiling.find_cuda_compiler() == str(nvcc_here)
+    monkeypatch.delenv("NVCC_APPEND_FLAGS")
+    program(nothing / "bin" / "g++", "exit 0")
+    assert compiling.find_cuda_compiler() == str(nvcc_here)
 
 
 def test_what_nvcc_compiles_for(tmp_path):
