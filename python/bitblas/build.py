@@ -166,7 +166,7 @@ def compile_module(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
         return tvm.compile(mod, target=target.as_tvm(), tir_pipeline=PIPELINE)
 
 
-def compile_for_card(mod: tvm.IRModule, target: Target) -> Compiled:
+def compile_module_for_card(mod: tvm.IRModule, target: Target) -> Compiled:
     """`compile_module` for a card, with what the text does not tell a program: how kernels are launched."""
     from .lowering import keep_host_functions
 

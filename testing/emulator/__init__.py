@@ -144,7 +144,8 @@ def build(text: str, directory: Path, arch: str = "sm_80") -> Path:
     source = directory / f"{key}.cpp"
     source.write_text(f'#include <cuda_runtime.h>\n#line 1 "{key}.cu"\n{translate(text)}')
     flags = [*_KERNEL, f"-I{_HERE / 'include'}", f"-I{libinfo.find_include_path()}", f"-D__CUDA_ARCH__={number[1]}0"]
-    _make(flags, source, [str(runtime), libinfo.find_libtvm_ffi()], target)
+    libraries = ["-Wl,--wrap=memcpy,--wrap=memset", str(runtime), libinfo.find_libtvm_ffi()]
+    _make(flags, source, libraries, target)
     return target
 
 

@@ -13,12 +13,14 @@ from ..config import MatmulConfig
 from ..formats import parse_format
 from ..layout import LANES, QUAD, PackedLayout
 from .absmax import absmax_bits
+from .bytes import activation_words, dot_products, dot_row_sum, weight_words
 from .codes import fragment_code, lane_code, row_code
 from .decode import decode, decode_float8
 from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
+from .storage import finish, placed_dtype, times, widen
 from .streams import WORD_BYTES, join_bytes, period, stream_code, stream_words, word_code
 from .threads import thread_decoder
 
@@ -129,13 +131,13 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     """Build the function (A, W, [scale], [zeros], [bias], out).
 
     Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,), or the same as int32 where
-    `streams_words`; scale (N, K/g) and zeros (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N)
-    out_dtype.
+    `streams_words`; scale (N, K/g) and zeros (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed;
+    bias (N,) `config.bias_dtype`; out (m, N) out_dtype.
     """
     cfg = expr.config
     m = te.var("m")
     rows = _round_up(m, expr.row_multiple)
-    A = te.placeholder((m, cfg.K), cfg.activation_dtype, name="A")
+    A = te.placeholder((m, cfg.K), placed_dtype(cfg.activation_dtype, expr.threads), name="A")
     W = te.placeholder((expr.layout.num_bytes,), "int8", name="W")
     if expr.streams_words:  # the same bytes: a compiled operator does not look at dtypes
         W = te.placeholder((expr.layout.num_bytes // WORD_BYTES,), "int32", name="W")
@@ -151,8 +153,9 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     row_sum = None
     if needs_row_sum(cfg, expr.dot):
         row_sum = _row_sum(expr, given if expr.dot == "bf16" else activation, rows)
-    bias = te.placeholder((cfg.N,), cfg.bias_dtype, name="bias") if cfg.with_bias else None
-    if bias is not None:
+    bias = None
+    if cfg.with_bias:
+        bias = te.placeholder((cfg.N,), placed_dtype(cfg.bias_dtype, expr.threads), name="bias")
         arguments.append(bias)
     # what scales a whole row waits for the sum of all chunks; so does a column's scale where that sum is one of integers
     row_scale = quantized.scale if quantized is not None and cfg.activation_groups == 1 else None
@@ -163,38 +166,19 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     def epilogue(i: Expr, n: Expr) -> Expr:
         factor = None if column_scale is None else column_scale[0, n]
         row_factor = None if row_scale is None else row_scale[i, 0]
-        return finish(cfg, accumulated[i, n], factor, row_factor, None if bias is None else bias[n], expr.threads)
+        return finish(
+            cfg,
+            accumulated[i, n],
+            factor,
+            row_factor,
+            None if bias is None else bias[n],
+            expr.threads,
+            as_bits=expr.threads,
+        )
 
     out = te.compute((m, cfg.N), epilogue, name="epilogue")
     func = te.create_prim_func([*arguments, out])
     return func.with_attr({"global_symbol": name})
-
-
-def finish(
-    cfg: MatmulConfig,
-    value: Expr,
-    scale: Expr | None,
-    row_scale: Expr | None,
-    bias: Expr | None,
-    threads: bool = False,
-) -> Expr:
-    """An element of the output, of the sum of its products: with what scales its whole column and row, and its bias."""
-    dtype = cfg.sum_dtype
-    factor = None if scale is None else scale.astype(cfg.scaling_dtype)
-    if row_scale is not None:
-        factor = _times(factor, row_scale)
-    if factor is not None:
-        dtype = cfg.scaling_dtype
-        value = value.astype(dtype) * factor
-    if bias is not None:
-        if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
-            dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
-        value = value.astype(dtype) + bias.astype(dtype)
-    return _store_as(value, dtype, cfg.out_dtype, threads)
-
-
-def _times(factor: Expr | None, other: Expr) -> Expr:
-    return other if factor is None else factor * other
 
 
 def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None, rows: Expr) -> Callable[[Expr, Expr], Expr]:
@@ -207,8 +191,10 @@ def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None, rows: Ex
 
     def convert(found: Expr, i: Expr, k: Expr) -> Expr:
         if quantized is not None:
-            return quantized.quantize(found.astype("float32"), i, k).astype(dtype)
-        return decode_float8(fmt, found.astype("int32"), expr.threads) if fmt.kind == "float8" else found.astype(dtype)
+            return quantized.quantize(widen(found), i, k).astype(dtype)
+        if fmt.kind == "float8":
+            return decode_float8(fmt, found.astype("int32"), expr.threads)
+        return found.astype(dtype) if dtype == "int8" else widen(found)
 
     def value(i: Expr, k: Expr) -> Expr:
         return convert(element(i, k), i, k)
@@ -229,7 +215,9 @@ def _given(expr: MatmulExpr, A: te.Tensor, quantized: Quantizer | None, rows: Ex
 
 
 def _activation(expr: MatmulExpr, given: Callable[[Expr, Expr], Expr], rows: Expr) -> te.Tensor:
-    """Block activation: float32 or int8, (rows, K), or pairs of bfloat16, (rows, K / 2)."""
+    """Block activation: float32 or int8, (rows, K), pairs of bfloat16, (rows, K / 2), or words of int8, (rows, K / 4)."""
+    if expr.dot and expr.threads:
+        return activation_words(expr.layout.bits, given, rows, expr.padded_k)
     if expr.dot != "bf16":
         return te.compute((rows, expr.padded_k), given, name="activation")
 
@@ -266,6 +254,10 @@ def _products(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr)
 
 def _dots(expr: MatmulExpr, W: te.Tensor, activation: te.Tensor, rows: Expr) -> te.Tensor:
     """Blocks words*, decode, matmul: sums of int32 products over chunks, (chunks, rows[, slices], padded N)."""
+    shape: tuple[Any, ...] = (expr.padded_k, expr.padded_n)
+    if expr.threads:
+        decoded = weight_words(expr.config.format, _stream_words(expr, W), shape)
+        return dot_products(expr.chunk, activation, decoded, rows, shape)
     words = [_words(expr, W, index) for index in range(len(expr.layout.planes))]
     quads = te.compute(
         (expr.padded_k // QUAD, expr.padded_n),
@@ -309,7 +301,7 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     """Blocks words*, unpack, decode: (K, padded N) float32."""
     cfg, layout, fmt = expr.config, expr.layout, expr.config.format
     if expr.streams_words:
-        stream = stream_words(W, expr.padded_n, layout.row_bytes // WORD_BYTES, layout.bits, lambda n: _column(expr, n))
+        stream = _stream_words(expr, W)
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n), lambda k, n: word_code(stream, n, k, layout.bits), name="unpack"
         )
@@ -336,6 +328,12 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
         )
     decoder = thread_decoder(fmt) if expr.threads else lambda code: decode(fmt, code)
     return te.compute((expr.padded_k, expr.padded_n), lambda k, n: decoder(unpacked[k, n]), name="decode")
+
+
+def _stream_words(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
+    """Block words, of a row-wise bit stream."""
+    layout = expr.layout
+    return stream_words(W, expr.padded_n, layout.row_bytes // WORD_BYTES, layout.bits, lambda n: _column(expr, n))
 
 
 def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
@@ -367,20 +365,18 @@ def _column(expr: MatmulExpr, n: Expr) -> Expr:
 
 def _scale(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
     cfg = expr.config
-    S = te.placeholder((cfg.N, cfg.num_groups), cfg.scale_dtype, name="S")
+    S = te.placeholder((cfg.N, cfg.num_groups), placed_dtype(cfg.scale_dtype, expr.threads), name="S")
     arguments.append(S)
-    return te.compute(
-        (cfg.num_groups, expr.padded_n), lambda g, n: S[_column(expr, n), g].astype("float32"), name="scale"
-    )
+    return te.compute((cfg.num_groups, expr.padded_n), lambda g, n: widen(S[_column(expr, n), g]), name="scale")
 
 
 def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
     cfg, bits = expr.config, expr.config.format.bits
     shape = (cfg.num_groups, expr.padded_n)
     if not cfg.zeros_packed:
-        Z = te.placeholder((cfg.N, cfg.num_groups), cfg.scale_dtype, name="Z")
+        Z = te.placeholder((cfg.N, cfg.num_groups), placed_dtype(cfg.scale_dtype, expr.threads), name="Z")
         arguments.append(Z)
-        return te.compute(shape, lambda g, n: Z[_column(expr, n), g].astype("float32"), name="zero")
+        return te.compute(shape, lambda g, n: widen(Z[_column(expr, n), g]), name="zero")
     row_bytes = (cfg.N * bits + 7) // 8
     Z = te.placeholder((cfg.num_groups * row_bytes,), "int8", name="Z")
     arguments.append(Z)
@@ -395,6 +391,8 @@ def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
 def _row_sum(expr: MatmulExpr, activation: Callable[..., Expr], rows: Expr) -> te.Tensor:
     """Σ of a chunk of a row; over 16 lanes first, where it divides, because a float sum may not be reordered later."""
     chunk, chunks = expr.chunk, expr.padded_k // expr.chunk
+    if expr.dot and expr.threads:
+        return dot_row_sum(chunk, activation, rows, expr.padded_k)
     dtype, shape = "int32" if expr.sums_integers else "float32", _row_shape(expr, rows)
     if chunk % LANES or expr.threads:
         k = te.reduce_axis((0, chunk), name="k")
@@ -450,7 +448,7 @@ def _accumulate(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
         elif shift is not None:
             value = value - shift
         if sums.activation_scale is not None:
-            factor = _times(factor, sums.activation_scale[i, g])
+            factor = times(factor, sums.activation_scale[i, g])
         return value if factor is None else value * factor
 
     def some_term(c: Expr, i: Expr, n: Expr) -> Expr:
@@ -493,26 +491,3 @@ def _row_total(expr: MatmulExpr, rows: Expr, sums: _Sums) -> te.Tensor:
         return join_slices([row_sum[i, at, c] for at in range(expr.slices)]) * steps[i, c]
 
     return te.compute((rows, expr.padded_k // expr.chunk), total, name="row_total")
-
-
-def _store_as(value: Expr, dtype: str, out_dtype: str, threads: bool) -> Expr:
-    """Convert the accumulated `value` of `dtype`.
-
-    To integers it rounds to nearest, ties to even, and saturates; to floats a NaN stays one. float64 goes by way of float32,
-    which every machine can round to 16 bits.
-    """
-    if dtype == "float64" and out_dtype in ("float16", "bfloat16"):
-        value = value.astype("float32")
-    if out_dtype == "bfloat16" and not threads:  # rounding a NaN whose bits are all ones would carry into the sign
-        value = value.astype("float32")
-        nan = tirx.reinterpret("float32", tirx.const(0x7FC00000, "int32"))
-        return tirx.Select(tirx.isnan(value), nan, value).astype(out_dtype)
-    if out_dtype not in ("int8", "int32") or dtype == out_dtype:
-        return value.astype(out_dtype)
-    low, high = (-128, 127) if out_dtype == "int8" else (-(2**31), 2**31 - 1)
-    if dtype.startswith("int"):
-        return te.max(te.min(value, tirx.const(high, dtype)), tirx.const(low, dtype)).astype(out_dtype)
-    # in float64 both ends are exact
-    rounded = tirx.nearbyint(value.astype("float64"))
-    whole = te.max(te.min(rounded, tirx.const(float(high), "float64")), tirx.const(float(low), "float64"))
-    return whole.astype("int32").astype(out_dtype)

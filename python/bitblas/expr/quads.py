@@ -31,7 +31,7 @@ def needs_row_sum(config: MatmulConfig, dot: str) -> bool:
     return config.with_zeros or bool(dot and offset(config.format, dot))
 
 
-def _bytes(value: int) -> Expr:
+def repeated(value: int) -> Expr:
     """`value` in each byte of an int32."""
     return tirx.const(int.from_bytes(bytes([value] * QUAD), "little", signed=True), "int32")
 
@@ -45,10 +45,10 @@ def quad(fmt: DataFormat, layout: PackedLayout, dot: str, words: list[te.Tensor]
         if plane.width < 8:
             # int1 is 2 code - 1: its code is left where it counts twice
             low = plane.low_bit + (1 if fmt.bits == 1 and fmt.kind == "int" else 0)
-            part = tirx.bitwise_and(tirx.shift_right(part, q % fields * plane.width), _bytes((1 << plane.width) - 1))
+            part = tirx.bitwise_and(tirx.shift_right(part, q % fields * plane.width), repeated((1 << plane.width) - 1))
             part = tirx.shift_left(part, tirx.const(low, "int32")) if low else part
         found = part if found is None else tirx.bitwise_or(found, part)
-    return tirx.bitwise_xor(found, _bytes(128)) if fmt.bits == 8 and offset(fmt, dot) else found
+    return tirx.bitwise_xor(found, repeated(128)) if fmt.bits == 8 and offset(fmt, dot) else found
 
 
 def quad_byte(word: Expr, j: Expr, dot: str) -> Expr:

@@ -12,6 +12,7 @@ from tvm.ir import Expr
 from ..config import MatmulConfig
 from .absmax import absmax_bits
 from .decode import float_of_bits
+from .storage import widen
 
 #: The largest value of a quantized activation; -128 is not used.
 _LARGEST = 127.0
@@ -68,7 +69,7 @@ def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any, threads: bool = Fal
     group = config.K // groups
 
     def value(i: Expr, k: Expr) -> Expr:
-        return A[te.min(i, A.shape[0] - 1), k].astype("float32")
+        return widen(A[te.min(i, A.shape[0] - 1), k])
 
     bits = absmax_bits(value, rows, groups, group, threads)
 

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..artifacts.process import this_process
-from ..build import LIBRARY, SOURCES, build_library, compile_for_card, compile_module, compile_plan, find_compiler
+from ..build import (
+    LIBRARY,
+    SOURCES,
+    build_library,
+    compile_module,
+    compile_module_for_card,
+    compile_plan,
+    find_compiler,
+)
 from ..cards import Batch, CardClock, Stopwatch, batch_of, cache_bytes_of, device_of, take_batches, time_on
 from ..config import MatmulConfig
 from ..cuda.compile import Compiled, write_cuda
@@ -251,16 +259,16 @@ def measure_module(mod: tvm.IRModule, problem: Problem) -> float:
         This machine cannot run code for the target.
     """
     problem.target.check_runnable()
-    ((variable, func),) = mod.functions_items()
+    on_card = problem.target.kind == "cuda"
     try:
-        if problem.target.kind == "cuda":
-            kernels = _kernels_of(compile_for_card(mod, problem.target), variable.name_hint, func, problem)
-        else:
-            kernels = wrap_function(compile_module(mod, problem.target), variable.name_hint, problem.m)
-    except BitBLASError:
-        raise
+        compiled = (compile_module_for_card if on_card else compile_module)(mod, problem.target)
     except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {problem.config} for {problem.target}", output=str(error)) from error
+    ((variable, func),) = mod.functions_items()
+    if on_card:
+        kernels = _kernels_of(compiled, variable.name_hint, func, problem)
+    else:
+        kernels = wrap_function(compiled, variable.name_hint, problem.m)
     return time_on(problem.target, kernels, problem.config, problem.layout, problem.m)
 
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <stdio.h>
 
 namespace emulator {
@@ -65,7 +66,14 @@ static void set_thread_indices(dim3 block) {
   state.thread_count = number;
 }
 
+int refuse(const char* reason) {
+  state.error = reason;
+  return invalid_value;
+}
+
 int run_grid(const Launch& launch) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   state.error = misfit(launch);
   if (!state.error.empty()) {
     state.error = "invalid launch: " + state.error;

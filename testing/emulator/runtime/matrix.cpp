@@ -138,7 +138,7 @@ static void run_ldmatrix(Gathering& gathering) {
       for (int i = 0; i < 2; ++i) {
         const int row = first.transposed ? lane % 4 * 2 + i : lane / 4, column = first.transposed ? lane / 4 : lane % 4 * 2 + i;
         const char* pointer = row_pointer(gathering, 8 * matrix + row, gathering.line) + 2 * column;
-        check_access(pointer, 2, Access::read, warp + lane);
+        check_access(pointer, 2, Access::read, warp + lane, is_line | gathering.line);
         memcpy(&parts[i], pointer, 2);
       }
       static_cast<MatrixArgument*>(gathering.arguments[lane])->d[matrix] = ptx::pair(parts[0], parts[1]);
@@ -155,7 +155,7 @@ static void run_stmatrix(Gathering& gathering) {
       for (int i = 0; i < 2; ++i) {
         const int row = first.transposed ? lane % 4 * 2 + i : lane / 4, column = first.transposed ? lane / 4 : lane % 4 * 2 + i;
         char* pointer = const_cast<char*>(row_pointer(gathering, 8 * matrix + row, gathering.line)) + 2 * column;
-        check_access(pointer, 2, Access::write, warp + lane);
+        check_access(pointer, 2, Access::write, warp + lane, is_line | gathering.line);
         const uint16_t part = uint16_t(value >> 16 * i);
         memcpy(pointer, &part, 2);
       }

@@ -17,7 +17,8 @@ struct Thread {
   uint3 index;
   int number, warp, lane;
   bool exited;
-  long accesses;  // since it last gave way
+  long accesses;   // since it last gave way
+  uint32_t place;  // of its last checked access, for messages
   const char* waits_for;  // for messages; null while it can run
   int waits_line;
 };
@@ -86,7 +87,10 @@ bool is_ordered(int other_thread, uint32_t epoch);  // before what the current t
 // memory.cpp
 void begin_grid_memory(const Launch& launch);
 void begin_block_memory();
-void check_access(const void* pointer, size_t bytes, Access access, int thread);
+void check_access(const void* pointer, size_t bytes, Access access, int thread, uint32_t place);
+// Where in the text an access is: a line if `is_line` is set, else an offset into the library's code.
+constexpr uint32_t is_line = 1u << 31;
+std::string place_name(uint32_t place);
 std::string static_shared_error();
 size_t static_shared_bytes();
 void drop_copies(int thread);

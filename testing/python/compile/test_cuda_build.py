@@ -198,6 +198,7 @@ def fake_driver(tmp_path, monkeypatch):
         return lines
 
     log.fail = lambda: library.fake_reset(1)
+    log.set_current = library.fake_set_current
     library.fake_reset(0)
     return log
 
@@ -231,6 +232,11 @@ def test_nvrtc_builds_and_its_kernels_are_launched_by_the_driver(store, without_
     assert [line.split()[0] for line in fake_driver()] == ["push", "launch", "pop"]
     call(*on(0, *tensors))  # another device loads it for itself
     assert [line.split()[0] for line in fake_driver()][:3] == ["retain", "push", "load"]
+    fake_driver.set_current(1)  # as torch has it
+    call(*on(1, *tensors))
+    assert [line.split()[0] for line in fake_driver()] == ["launch"]
+    call(*on(0, *tensors))
+    assert [line.split()[0] for line in fake_driver()] == ["push", "launch", "pop"]
     fake_driver.fail()
     with pytest.raises(RuntimeError, match=r"^CUDA: cuLaunchKernel failed: CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES$"):
         call(*on(1, *tensors))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...config import MatmulConfig
@@ -17,6 +17,9 @@ WARP = 32
 
 #: Rows up to which lanes share out k.
 GEMV_ROWS = 8
+
+#: Rows that a thread takes at most, so that all fits the registers; and where it quantizes them.
+_THREAD_ROWS, _QUANTIZED_ROWS = 4, 2
 
 #: A chunk that is shorter than this, beside a group that is longer, is worth a last chunk that is not full.
 _SHORTEST_CHUNK = 8
@@ -43,11 +46,14 @@ class ThreadTiling(Tiling):
         Divisors of block_m and block_n.
     lanes : int
         Threads that share out the chunks of k, a power of two of at most 1024; 1 where operands are shared instead.
+    dot : str
+        ``"s8s8"`` where products of int8 and of integer weights are summed by `__dp4a`, in int32; else they are float32.
     """
 
     thread_m: int = 1
     thread_n: int = 1
     lanes: int = 1
+    dot: str = ""
 
     kind: ClassVar[str] = "threads"
 
@@ -73,6 +79,7 @@ class ThreadTiling(Tiling):
             "lane_multiple": self.block_n,
             "chunk": self.chunk(config, layout),
             "chunk_multiple": self.lanes,
+            "dot": self.dot,
             "threads": True,
         }
 
@@ -85,7 +92,7 @@ class ThreadTiling(Tiling):
         unit = word_unit(layout.bits)
         unit = unit if group % unit == 0 and unit <= self.block_k else 1
         found = unit * largest_divisor(group // unit, self.block_k // unit)
-        if found >= min(_SHORTEST_CHUNK, group) or group < config.K:
+        if found >= min(_SHORTEST_CHUNK, group) or group < config.K or self.dot:
             return found
         return -(-group // -(-group // self.block_k) // _SHORTEST_CHUNK) * _SHORTEST_CHUNK
 
@@ -93,6 +100,13 @@ class ThreadTiling(Tiling):
 def word_unit(bits: int) -> int:
     """Fewest consecutive k of a row-wise bit stream that are whole words of 32 bits."""
     return 32 // math.gcd(32, bits)
+
+
+def dot_of(problem: Problem) -> str:
+    """How products are summed: as bytes, where they are integers and groups are whole words of codes."""
+    config, unit = problem.config, word_unit(problem.layout.bits)
+    group = config.group if config.is_grouped else config.K
+    return "s8s8" if config.integer_products and group % unit == 0 else ""
 
 
 class ThreadGemvRule(ScheduleRule[ThreadTiling]):
@@ -111,14 +125,17 @@ class ThreadGemvRule(ScheduleRule[ThreadTiling]):
     def tilings(self, problem: Problem) -> list[ThreadTiling]:
         """See `ScheduleRule`."""
         bits = problem.layout.bits
-        block_k = min(64, max(16, _LOAD_BITS // bits if _LOAD_BITS % bits == 0 else WARP))
+        longest = 64 if problem.m == 1 else WARP
+        block_k = min(longest, max(16, _LOAD_BITS // bits if _LOAD_BITS % bits == 0 else WARP))
+        most = _QUANTIZED_ROWS if problem.config.dynamic_quantization else _THREAD_ROWS
+        rows = -(-problem.m // -(-problem.m // most))
         found = []
         for thread_n, warps, lanes in self._shapes(problem):
-            probe = ThreadTiling(problem.m, thread_n * warps, block_k, problem.m, thread_n)
+            probe = ThreadTiling(rows, thread_n * warps, block_k, rows, thread_n, dot=dot_of(problem))
             chunks = -(-problem.config.K // probe.chunk(problem.config, problem.layout))
             while lanes > chunks:
                 lanes //= 2
-            tiling = ThreadTiling(problem.m, thread_n * warps, block_k, problem.m, thread_n, lanes)
+            tiling = replace(probe, lanes=lanes)
             if tiling not in found:
                 found.append(tiling)
         return found
@@ -160,7 +177,9 @@ class ThreadRule(ScheduleRule[ThreadTiling]):
 
         enough = [shape for shape in self.shapes if blocks(shape) >= wanted and shape[0] < 2 * problem.m]
         order = enough + [shape for shape in reversed(self.shapes) if shape not in enough]
-        return [ThreadTiling(m, n, WARP, thread_m, thread_n) for m, n, thread_m, thread_n in order]
+        dot = dot_of(problem)
+        block_k = 4 * WARP if dot else WARP
+        return [ThreadTiling(m, n, block_k, thread_m, thread_n, dot=dot) for m, n, thread_m, thread_n in order]
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: ThreadTiling) -> tirx.PrimFunc:
         """See `ScheduleRule`."""

@@ -11,6 +11,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from ...config import MatmulConfig
 from ...expr.streams import WORD_BYTES, period, period_words
 from ...formats import FORMATS
+from ...layout import QUAD
 from ..rule import Problem
 from .threads import ThreadTiling
 
@@ -76,6 +77,8 @@ class _Nest:
         self.problem, self.tiling = problem, tiling
         self.config: MatmulConfig = problem.config
         self.chunk = tiling.chunk(self.config, problem.layout)
+        #: k that one step of the loops over k stands for
+        self.step = QUAD if tiling.dot else 1
         self.padded_k = -(-self.config.K // self.chunk) * self.chunk
         self.names = {
             str(self.sch.get(block).name_hint) for block in self.sch.get_child_blocks(self.sch.get_sblock("root"))
@@ -335,12 +338,8 @@ class _TileNest(_Nest):
         sch, tiling = self.sch, self.tiling
         decode = self.place("decode", chunk, "shared")
         k, n = self.loops(decode, chunk)
-        unit = period(self.problem.layout.bits) if "words" in self.names else 1
-        wanted = self.chunk * tiling.block_n // tiling.num_threads
-        codes = min(
-            (size for size in self._divisors(self.chunk) if size % unit == 0), key=lambda size: abs(size - wanted)
-        )
-        parts, code = sch.split(k, [None, codes])
+        codes = self.per_thread(tiling.block_n, period(self.problem.layout.bits) if "words" in self.names else 1)
+        parts, code = sch.split(k, [None, codes // self.step])
         sch.reorder(parts, n, code)
         place = self.share([parts, n])
         sch.unroll(code)
@@ -351,16 +350,21 @@ class _TileNest(_Nest):
         sch, tiling = self.sch, self.tiling
         row, k = self.loops(activation, chunk)
         size = FORMATS[self.config.activation_dtype].bits // 8
-        wanted = max(1, min(_LOAD_BYTES // size, self.chunk * tiling.block_m // tiling.num_threads))
-        parts, element = sch.split(k, [None, math.gcd(self.chunk, 1 << (wanted.bit_length() - 1))])
+        taken = self.per_thread(
+            tiling.block_m, period(self.problem.layout.bits) if tiling.dot else 1, _LOAD_BYTES // size
+        )
+        parts, element = sch.split(k, [None, taken // self.step])
         place = self.share_rows(row, parts)
         sch.unroll(element)
         sch.storage_align(activation, 0, axis=0, factor=32, offset=4)
-        self.unroll(self.load_activations(place, int(sch.get(element).extent)), place)
+        self.unroll(self.load_activations(place, taken), place)
 
-    @staticmethod
-    def _divisors(value: int) -> list[int]:
-        return [size for size in range(1, value + 1) if value % size == 0]
+    def per_thread(self, lines: int, unit: int, most: int = 1 << 30) -> int:
+        """Consecutive k of a chunk that a thread takes of each of so many lines: a multiple of `unit`, perhaps at most `most`,
+        and near to what keeps all threads at work."""
+        wanted = min(most, self.chunk * lines // self.tiling.num_threads)
+        sizes = [size for size in range(unit, self.chunk + 1, unit) if self.chunk % size == 0]
+        return min(sizes, key=lambda size: abs(size - wanted))
 
     def share_maxima(self, loops: list[LoopRV]) -> None:
         """See `_Nest`: a row, or its groups, by the threads that share its results."""
