@@ -22,6 +22,7 @@ CONFIGS = {
     "nf4 odd": {"W_dtype": "nf4", "N": 80, "K": 84, "with_bias": True},
     "float32 row": {"A_dtype": "float32", "W_dtype": "uint4", "out_dtype": "float32", "dynamic_quantization": "row"},
     "float16": {"W_dtype": "float16"},
+    "bfloat16": {"A_dtype": "bfloat16", "W_dtype": "bfloat16", "out_dtype": "bfloat16"},
 }
 
 
