@@ -203,6 +203,8 @@ static inline void on_access(const void* pointer, size_t bytes, Access access, c
   if (++self->accesses > patience)
     fail("no progress: a thread spins%s (blocks run one after the other)", place_name(place).c_str());
   check_access(pointer, bytes, access, self->number, place);
+  const size_t offset = static_cast<const char*>(pointer) - arena;
+  if (offset < arena_bytes) count_banks(place, self->number, uint32_t(offset), bytes);
 }
 
 // The line of a place, by way of the library's debug information; empty if that fails.
@@ -256,6 +258,7 @@ void cp_async(uint32_t shared, const void* global, int bytes, int source_bytes, 
   if (size_t(static_cast<const char*>(global) - arena) < arena_bytes) fail("line %d: cp.async from shared memory", line);
   if (source_bytes > 0) check_global(uintptr_t(global), source_bytes, Access::read, is_line | line);
   check_shared(shared, bytes, Access::write, thread, is_line | line, is_pending);
+  count_banks(is_line | line, thread, shared, bytes);
   copies_of[thread].copies.push_back({shared, global, bytes, source_bytes});
   ++state.statistics.async_copies;
 }

@@ -49,7 +49,7 @@ struct Barrier {
 
 struct Statistics {
   long launches, blocks, threads, barriers, warp_operations, shared_accesses, global_accesses, async_copies, switches;
-  long matrix_reads, matrix_conflicts;  // ldmatrix phases of 8 rows, and the extra cycles that bank conflicts cost them
+  long shared_passes, shared_conflicts;  // of warps to the banks of shared memory, and the extra cycles that conflicts cost
 };
 
 struct State {
@@ -94,5 +94,10 @@ std::string place_name(uint32_t place);
 std::string static_shared_error();
 size_t static_shared_bytes();
 void drop_copies(int thread);
+
+// banks.cpp
+void begin_grid_of_banks(const void* library);
+void end_block_of_banks();
+void count_banks(uint32_t place, int thread, uint32_t address, size_t bytes);
 
 }  // namespace emulator

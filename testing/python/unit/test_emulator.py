@@ -473,16 +473,32 @@ def test_ldmatrix(program, count, transposed):
     matrices = given.transpose(1, 2) if transposed else given
     expected = matrices.reshape(4, 32, 2)[:count].permute(1, 0, 2).reshape(32, 2 * count)
     assert torch.equal(out.view(torch.int16), expected)
-    assert (statistics.matrix_reads, statistics.matrix_conflicts) == (
-        count,
-        3 * count,
-    )  # rows 64 bytes apart: 4 in one bank
+    assert statistics.shared_passes == 4 + count
 
 
-def test_bank_conflicts_end_with_padding(program):
-    function = program("const short* given, unsigned* out", _ldmatrix(4, False, stride=80), shared="4096")
-    given, out = torch.randint(-30000, 30000, (4, 8, 8)).to(torch.int16), torch.zeros(32, 4, dtype=torch.int32)
-    assert emulator.run(function, given, out).matrix_conflicts == 0
+def test_bank_conflicts(program):
+    """Rows of 64 bytes: 4 of 8 in one bank; of 80: none."""
+    for stride, conflicts in ((64, 3), (80, 0), (128, 7), (16, 0)):
+        function = program("const short* given, unsigned* out", _ldmatrix(4, False, stride), shared="4096")
+        given, out = torch.zeros(4, 8, 8, dtype=torch.int16), torch.zeros(32, 4, dtype=torch.int32)
+        statistics = emulator.run(function, given, out, seeds=(3,))
+        assert (statistics.shared_passes, statistics.shared_conflicts) == (8, 8 * conflicts)
+        assert emulator.bank_conflicts() == {9: (4, 4 * conflicts), 12: (4, 4 * conflicts)}
+
+
+def test_bank_conflicts_of_words(program):
+    body = """
+  __shared__ int words[32 * 33];
+  __shared__ unsigned char bytes[128];
+  const int t = threadIdx.x;
+  words[t] = 0;
+  words[32 * t + 32] = 1;
+  __syncwarp();
+  int x = words[33 * t] + words[5];
+  bytes[t % 4 * 32 + t / 4] = x;
+  out[t] = t;"""
+    emulator.run(program("int* out", body), torch.zeros(32, dtype=torch.int32))
+    assert emulator.bank_conflicts() == {10: (1, 0), 11: (1, 31), 13: (2, 0), 14: (1, 0)}
 
 
 def test_stmatrix_and_movmatrix(program):

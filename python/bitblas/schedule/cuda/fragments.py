@@ -20,6 +20,9 @@ FEW_ROWS = FRAGMENT_M
 #: Bytes of weights that a thread asks for ahead: 64 in each of 16 warps are 32 KB on their way for each multiprocessor, what a
 #: bandwidth of 35 bytes a nanosecond and a latency of 800 ns ask for.
 _AHEAD_BYTES = 64
+#: Rows up to which a block is as narrow as it may be. Each block reads all activations: eight rows of them are as many bytes as
+#: 32 columns of 4-bit weights.
+_NARROW_ROWS = 4
 #: k of a step at most, which bounds the registers of activations.
 _MOST_K = 256
 #: Warps of a block that share out K.
@@ -31,6 +34,8 @@ _MOST_TILES = 16
 #: Steps over k that a warp of a split takes at least: more where activations are staged, which takes a while to begin.
 _LEAST_STEPS, _LEAST_STAGED_STEPS = 2, 4
 _MOST_PARTS = 8
+#: Rows up to which multiprocessors wait for weights, so that two blocks at once keep more of them on their way.
+_WAITS_ROWS = 64
 #: Rows of a launch of a kernel whose sums meet in memory.
 _SPLIT_SLAB = 256
 _STAGES = 4
@@ -131,7 +136,7 @@ class FragmentGemvRule(FragmentRule):
         config = problem.config
         wanted_k = min(_MOST_K, FRAGMENT_K * max(1, _AHEAD_BYTES // (4 * config.format.bits)))
         found = []
-        for n_tiles in (1, 2):
+        for n_tiles in (1, 2) if problem.m <= _NARROW_ROWS else (2, 1):
             for step in dict.fromkeys((divisor_steps(config, wanted_k), divisor_steps(config, max(64, wanted_k // 2)))):
                 few = config.N // (FRAGMENT_N * n_tiles) <= _card(problem).num_sms
                 for warps in _WARPS_K_FEW if few else _WARPS_K:
@@ -162,7 +167,8 @@ def _with_parts(problem: Problem, tilings: list[FragmentTiling]) -> list[Fragmen
         tiles = -(-problem.m // tiling.block_m) * -(-config.N // tiling.block_n)
         steps = config.K // tiling.block_k
         least = (_LEAST_STAGED_STEPS if tiling.stages else _LEAST_STEPS) * tiling.warps_k
-        parts = min(card.num_sms // tiles, steps // least, _MOST_PARTS)
+        wanted = card.num_sms * (2 if problem.m <= _WAITS_ROWS else 1) // tiles
+        parts = min(wanted, steps // least, _MOST_PARTS)
         if parts > 1:
             found.append(replace(tiling, split_k=parts, slab_m=max(_SPLIT_SLAB, problem.m)))
         found.append(tiling)
