@@ -108,7 +108,8 @@ class FragmentRule(ScheduleRule[FragmentTiling]):
                     rows, FRAGMENT_N * n_tiles * warps, divisor_steps(config, wanted_k), warps, stages=_STAGES
                 )
                 tiling = _fitted(tiling, config, card)
-                if tiling.block_n < 2 * config.N and tiling not in found:
+                fits = tiling.block_n < 2 * config.N and tiling.shared_bytes(config) <= card.shared_bytes
+                if fits and tiling not in found:
                     found.append(tiling)
         found = found or [FragmentTiling(size if size < 64 else 64, FRAGMENT_N, FRAGMENT_K, stages=2)]
         return _with_parts(problem, found)
