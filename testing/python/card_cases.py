@@ -64,6 +64,7 @@ def check(config: MatmulConfig, m: int, target: str = "cuda", device: str = "cud
     for exact in (False, True):
         problem = reference.draw(config, m + 1, exact=exact)
         problem = reference.on_tensor_cores(problem) if op.layout.is_fragments else problem
+        problem = reference.by_torch(problem) if op.plan.kernels[-1].rule == "cuda_dense" else problem
         weight = op.transform_weight(problem.weights).to(device)
         extras = {name: tensor.to(device) for name, tensor in problem.extras.items()}
         for rows in {max(1, m - 1), m, m + 1}:
