@@ -277,15 +277,16 @@ class _LaneNest(_Nest):
         sch.decompose_reduction(matmul, first)
 
     def share_maxima(self, loops: list[LoopRV]) -> None:
-        """See `_Nest`: a row by all threads; a group by the lanes."""
+        """See `_Nest`: a row by all threads; a group by the lanes, where the threads over columns share out the groups evenly:
+        what TVM writes of a reduction by threads has no bounds."""
         sch = self.sch
-        *which, k = loops
+        _, group, k = loops
         threads, lanes = self.thread_extents
-        if self.config.activation_groups == 1:
+        if int(sch.get(group).extent) % threads:
             _, y, x = sch.split(k, [None, threads, lanes])
         else:
             _, x = sch.split(k, [None, lanes])
-            _, y = sch.split(which[-1], [None, threads])
+            _, y = sch.split(group, [None, threads])
         sch.bind(y, _ROWS)
         sch.bind(x, _LANES)
 
