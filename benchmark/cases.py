@@ -21,8 +21,9 @@ FLOATS = ("float16", "bfloat16", "float32")
 VARIANTS: dict[str, dict[str, object]] = {
     "bitblas, float32 activations": {"A_dtype": "float32", "out_dtype": "float32"},
     "bitblas, no scales": {"with_scaling": False, "group_size": -1, "out_dtype": "int32", "accum_dtype": "int32"},
+    "bitblas, dense cache": {},  # the same config, with an option of the operator, on cards
 }
-FLOAT32_VARIANT, PLAIN_VARIANT = VARIANTS
+FLOAT32_VARIANT, PLAIN_VARIANT, DENSE_CACHE_VARIANT = VARIANTS
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ IMPORT_SECONDS, COLD_SECONDS, WARM_SECONDS = 0.1, 3.0, 0.01
 CALL_SECONDS, TRANSFORM_SECONDS, TRANSFORM_PEAK = 5e-6, 0.3, 6.0
 
 
-def _at_most(name: str, unit: str, limit: float, measure: Callable[[], float], scale: float = 1.0) -> Goal:
+def at_most(name: str, unit: str, limit: float, measure: Callable[[], float], scale: float = 1.0) -> Goal:
+    """A goal of seconds, or of something else, that must not be more; `scale` brings it to its unit."""
     asked = f"≤ {limit * scale:g} {unit}"
     try:
         found = measure()
@@ -33,7 +34,7 @@ def _at_most(name: str, unit: str, limit: float, measure: Callable[[], float], s
     return Goal(name, asked, f"{found * scale:.3g} {unit}", found <= limit)
 
 
-def _fresh(script: str, cache: str | None = None) -> float:
+def fresh(script: str, cache: str | None = None) -> float:
     """The number that a script prints last, run in a fresh process."""
     env = dict(os.environ)
     if cache is not None:
@@ -86,31 +87,31 @@ def cost_goals() -> Iterator[Goal]:
     """Importing, building, loading, calling and transforming, mostly in fresh processes."""
 
     def median(script: str, cache: str | None = None, runs: int = 5) -> float:
-        return statistics.median(_fresh(script, cache) for _ in range(runs))
+        return statistics.median(fresh(script, cache) for _ in range(runs))
 
-    yield _at_most("`import bitblas` after `import torch`", "ms", IMPORT_SECONDS, lambda: median(_IMPORT), 1e3)
+    yield at_most("`import bitblas` after `import torch`", "ms", IMPORT_SECONDS, lambda: median(_IMPORT), 1e3)
     for name, rows in (("M=1", 1), ("M=None, eight buckets", None)):
         with tempfile.TemporaryDirectory(prefix="bitblas-goals-") as directory:
             caches = [str(Path(directory) / str(index)) for index in range(2)]
             cold = _BUILD.format(extra="import tvm", M=rows, origin="compiled")
             warm = _BUILD.format(extra="", M=rows, origin="loaded")
-            yield _at_most(
+            yield at_most(
                 f"a cold operator after `import tvm`, {name}",
                 "s",
                 COLD_SECONDS,
-                lambda cold=cold, caches=caches: statistics.median(_fresh(cold, cache) for cache in caches),
+                lambda cold=cold, caches=caches: statistics.median(fresh(cold, cache) for cache in caches),
             )
-            yield _at_most(
+            yield at_most(
                 f"a warm operator in a fresh process, {name}",
                 "ms",
                 WARM_SECONDS,
                 lambda warm=warm, caches=caches: median(warm, caches[0]),
                 1e3,
             )
-    yield _at_most("a call above its kernel", "µs", CALL_SECONDS, call_overhead, 1e6)
+    yield at_most("a call above its kernel", "µs", CALL_SECONDS, call_overhead, 1e6)
     seconds, peak = (_TRANSFORM.format(memory=memory) for memory in (False, True))
-    yield _at_most("transform_weight 11008 × 4096, uint4", "s", TRANSFORM_SECONDS, lambda: median(seconds, runs=3))
-    yield _at_most(
+    yield at_most("transform_weight 11008 × 4096, uint4", "s", TRANSFORM_SECONDS, lambda: median(seconds, runs=3))
+    yield at_most(
         "its peak memory, beyond the int8 codes it is given", "× codes", TRANSFORM_PEAK, lambda: median(peak, runs=3)
     )
 

@@ -71,10 +71,10 @@ def _run(options: argparse.Namespace) -> Report:
         probes = Probes()
     except BuildError as error:
         probes = None
-        _say(f"SKIPPED the ceilings: {error}")
+        say(f"SKIPPED the ceilings: {error}")
     report = Report(measure_machine(torch.get_num_threads(), probes))
     if options.resume:
-        _say(report.resume(options.out))
+        say(report.resume(options.out))
     found = cases.quick() if options.quick else cases.full()
     found = goals.concerned(found) if options.goals else found
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> Report:
     session.measure(cases.Filter(options.match, options.rows, options.shapes).apply(found))
     if not options.quick and options.match in "costs" and not report.costs and not session.is_late:
         for goal in costs.cost_goals():
-            _say(f"{goal.name}: {goal.measured}")
+            say(f"{goal.name}: {goal.measured}")
             report.costs.append(goal)
     return report
 
@@ -128,6 +128,18 @@ class Session:
         own = {name: own_variant(name, **cases.VARIANTS[name]) for name in case.variants if self.match in name}
         return own | peers.select(wanted)
 
+    def estimate(self, case: cases.Case, m: int) -> float:
+        """Seconds that a cell will take, about."""
+        return estimate(case.config, m, len(self.peers_of(case)), self.seconds)
+
+    def operator(self, case: cases.Case) -> Matmul:
+        """Our operator, for this CPU where the case names no target."""
+        return Matmul(case.config, target=case.target or "llvm")
+
+    def compare(self, op: Matmul, m: int, named: Sequence[Peer]) -> Comparison:
+        """Measure a cell."""
+        return compare(op, m, named, self.seconds, probes=self.probes)
+
     def measure(self, found: Sequence[cases.Case]) -> None:
         """Measure the cells that are not there yet; an interruption keeps those that are."""
         todo = []
@@ -135,31 +147,27 @@ class Session:
             named = self.peers_of(case)
             rows = [m for m in case.rows if not self.report.has((case.name, *case.shape, m), named)]
             todo += [(case, rows)] if rows else []
-        costs_of = {
-            (case, m): estimate(case.config, m, len(self.peers_of(case)), self.seconds)
-            for case, rows in todo
-            for m in rows
-        }
-        progress = Progress(sum(costs_of.values()), len(costs_of), _say)
+        costs_of = {(case, m): self.estimate(case, m) for case, rows in todo for m in rows}
+        progress = Progress(sum(costs_of.values()), len(costs_of), say)
         try:
             for case, rows in todo:
                 self._measure(case, rows, progress, lambda m, case=case: costs_of[case, m])
         except KeyboardInterrupt:
             self.deadline = 0.0
-            _say("interrupted")
+            say("interrupted")
         finally:
             progress.close()
         if progress.cells_left:
-            _say(f"{progress.cells_left} cells are left: repeat the command with --resume --out DIR")
+            say(f"{progress.cells_left} cells are left: repeat the command with --resume --out DIR")
 
     def _measure(self, case: cases.Case, rows: Sequence[int], progress: Progress, cost: Callable[[int], float]) -> None:
         if self.is_late:
             return
-        op, named = Matmul(case.config, target=case.target), self.peers_of(case)
+        op, named = self.operator(case), self.peers_of(case)
         for m in rows:
             if self.is_late:
                 return
-            row = compare(op, m, list(named.values()), self.seconds, probes=self.probes)
+            row = self.compare(op, m, list(named.values()))
             self.report.add(case.name, row)
             if self.out is not None:
                 self.report.save(self.out)
@@ -172,7 +180,7 @@ class Session:
             text = f"SKIPPED {peer.name}: {peer.reason}"
             if (peer.missing or "cannot" in peer.reason) and text not in self._announced:
                 self._announced.add(text)
-                _say(text)
+                say(text)
 
 
 def _describe(case: cases.Case, row: Comparison) -> str:
@@ -182,7 +190,7 @@ def _describe(case: cases.Case, row: Comparison) -> str:
     return f"{case.name} {case.config.N} x {case.config.K} M={row.m}: {parts[0]}{limit}, {', '.join(parts[1:])}"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

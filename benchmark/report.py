@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 from bitblas.bench import Comparison, Machine
 from bitblas.build import toolchain
@@ -20,10 +21,7 @@ from bitblas.build import toolchain
 from . import cases, goals, peers, plots
 from .goals import Goal, shape_of
 
-JSON_FILE, MARKDOWN_FILE = "matmul.json", "matmul.md"
 _VERSIONS = ("bitblas", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "openvino", "llama-cpp-python")
-#: What of a machine must be the same for two runs to be one.
-_SAME_MACHINE = ("cpu", "isa", "threads", "cache_bytes")
 
 #: What tells a cell: the case's name, N, K, m.
 Key = tuple[str, int, int, int]
@@ -51,7 +49,7 @@ def key_of(name: str, row: Comparison) -> Key:
 
 @dataclass
 class Report:
-    """All of one run, or of several parts of one.
+    """All of one run, or of several parts of one, on a CPU.
 
     Attributes
     ----------
@@ -66,6 +64,12 @@ class Report:
     costs : list of Goal
         The goals that are not about cells.
     """
+
+    #: Names of the files.
+    json_file: ClassVar[str] = "matmul.json"
+    markdown_file: ClassVar[str] = "matmul.md"
+    #: What of a machine must be the same for two runs to be one.
+    same_machine: ClassVar[tuple[str, ...]] = ("cpu", "isa", "threads", "cache_bytes")
 
     machine: Machine
     versions: dict[str, str] = field(default_factory=versions)
@@ -103,7 +107,7 @@ class Report:
         OSError
             The file cannot be read.
         """
-        path = directory / JSON_FILE
+        path = directory / self.json_file
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -112,8 +116,8 @@ class Report:
             return f"{path} is no JSON, and is not used: {error}"
         mine = self.machine.fields()
         try:
-            theirs = {name: found["machine"][name] for name in _SAME_MACHINE}
-            differ = [name for name in _SAME_MACHINE if theirs[name] != mine[name]]
+            theirs = {name: found["machine"][name] for name in self.same_machine}
+            differ = [name for name in self.same_machine if theirs[name] != mine[name]]
             differ += [name for name in self.versions if found["versions"].get(name) != self.versions[name]]
             if differ:
                 return f"{path} is of other {', '.join(differ)}, and is not used"
@@ -126,6 +130,9 @@ class Report:
         self.costs = costs
         return f"{len(results)} cells are in {path} already"
 
+    def _fields(self, row: Comparison) -> dict[str, object]:
+        return row.fields(self.machine)
+
     def json(self) -> str:
         """Everything, as JSON."""
         return json.dumps(
@@ -133,7 +140,7 @@ class Report:
                 "date": self.date,
                 "machine": self.machine.fields(),
                 "versions": self.versions,
-                "results": [{"case": name, **row.fields(self.machine)} for name, row in self.results],
+                "results": [{"case": name, **self._fields(row)} for name, row in self.results],
                 "goals": [asdict(goal) for goal in self.goals],
             },
             indent=1,
@@ -142,7 +149,7 @@ class Report:
     def save(self, directory: Path) -> Path:
         """Write the JSON, whole or not at all."""
         directory.mkdir(parents=True, exist_ok=True)
-        path, aside = directory / JSON_FILE, directory / f".{JSON_FILE}.{os.getpid()}"
+        path, aside = directory / self.json_file, directory / f".{self.json_file}.{os.getpid()}"
         try:
             aside.write_text(self.json() + "\n", encoding="utf-8")
             aside.replace(path)
@@ -153,7 +160,7 @@ class Report:
 
     def write(self, directory: Path) -> list[Path]:
         """Write the JSON, the Markdown, and with matplotlib the plots; return what was written."""
-        written = [self.save(directory), directory / MARKDOWN_FILE]
+        written = [self.save(directory), directory / self.markdown_file]
         written[1].write_text(self.markdown(), encoding="utf-8")
         return written + plots.draw(self.results, directory)
 
@@ -163,7 +170,7 @@ class Report:
         """Tables for a document."""
         parts = [self._head()]
         if self.goals:
-            parts += ["**Goals**", _goal_table(self.goals)]
+            parts += ["**Goals**", goal_table(self.goals)]
         exact, quantized = self._tables()
         if exact:
             parts += ["**Exact activations**", exact]
@@ -205,7 +212,7 @@ class Report:
         """Of peers that compute with exact float activations, and of all others."""
         floats = [each for each in self.results if each[1].workload["A_dtype"] != "int8" and each[1].ours.exact]
         names = _names(self.results)
-        exact = _table(floats, [name for name in names if _is_exact(floats, name)])
+        exact = table(floats, [name for name in names if _is_exact(floats, name)])
         quantizing = [name for name in names if not _is_exact(self.results, name)]
         rows = [
             (name, row)
@@ -214,7 +221,7 @@ class Report:
         ]
         integers = [each for each in self.results if each[1].workload["A_dtype"] == "int8"]
         columns = [name for name in names if name in quantizing or any(row.timing(name) for _, row in integers)]
-        return exact, _table(rows, columns)
+        return exact, table(rows, columns)
 
     def _notes(self) -> str:
         wrong = sorted(
@@ -253,21 +260,21 @@ def _is_exact(results: Iterable[tuple[str, Comparison]], name: str) -> bool:
     return all(timing.exact for _, row in results for timing in row.timings if timing.name == name)
 
 
-def _table(rows: Sequence[tuple[str, Comparison]], names: Sequence[str]) -> str:
+def table(rows: Sequence[tuple[str, Comparison]], names: Sequence[str]) -> str:
     rows = [(name, row) for name, row in rows if any(row.timing(peer) for peer in names)]
     names = [name for name in names if any(row.timing(name) for _, row in rows)]
     if not rows:
         return ""
-    lines = [_line(["", "N × K", "M", "bitblas", "limit", *names]), "|" + "---|" * (5 + len(names))]
+    lines = [line(["", "N × K", "M", "bitblas", "limit", *names]), "|" + "---|" * (5 + len(names))]
     for name, row in rows:
         bound = row.roofline()
         cells = [name, "{} × {}".format(*shape_of(row)), str(row.m), microseconds(row.ours.seconds)]
         cells.append("–" if bound is None else f"{bound[1]:.0%} {bound[0]}")
-        lines.append(_line(cells + [_peer_cell(row, peer) for peer in names]))
+        lines.append(line(cells + [_peer_cell(row, peer) for peer in names]))
     return "\n".join(lines)
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
@@ -283,9 +290,9 @@ def _peer_cell(row: Comparison, name: str) -> str:
     return microseconds(timing.seconds) + ("" if speedup is None else f" ({speedup:.2f})")
 
 
-def _goal_table(found: Sequence[Goal]) -> str:
+def goal_table(found: Sequence[Goal]) -> str:
     """A line for each goal: how many cells pass, and the one that is farthest from it."""
-    lines = [_line(["goal", "asked", "pass", "farthest"]), "|---|---|---|---|"]
+    lines = [line(["goal", "asked", "pass", "farthest"]), "|---|---|---|---|"]
     groups: dict[tuple[str, str], list[Goal]] = {}
     for goal in found:
         groups.setdefault((goal.group or goal.name, goal.asked), []).append(goal)
@@ -299,7 +306,7 @@ def _goal_table(found: Sequence[Goal]) -> str:
             count = f"**{count}**"
         farthest = min(cells, key=lambda goal: float("inf") if goal.margin is None else goal.margin)
         where = f" ({farthest.name})" if farthest.group else ""
-        lines.append(_line([name, asked, count, f"{farthest.measured}{where}"]))
+        lines.append(line([name, asked, count, f"{farthest.measured}{where}"]))
     return "\n".join(lines)
 
 
@@ -310,18 +317,18 @@ def _variant_table(results: Iterable[tuple[str, Comparison]]) -> str:
             timing = row.timing(variant)
             if timing is not None:
                 place = [name, "{} × {}".format(*shape_of(row)), str(row.m), microseconds(row.ours.seconds)]
-                lines.append(_line([*place, variant.removeprefix("bitblas, "), _peer_cell(row, variant)]))
+                lines.append(line([*place, variant.removeprefix("bitblas, "), _peer_cell(row, variant)]))
     if not lines:
         return ""
-    return "\n".join([_line(["", "N × K", "M", "bitblas", "beside", ""]), "|---|---|---|---|---|---|", *lines])
+    return "\n".join([line(["", "N × K", "M", "bitblas", "beside", ""]), "|---|---|---|---|---|---|", *lines])
 
 
 def _memory_table(results: Iterable[tuple[str, Comparison]]) -> str:
     found = plots.memory_of(results)
     if not found:
         return ""
-    lines = [_line(["", "N × K", "MB", "dense, MB", "of dense"]), "|---|---|---|---|---|"]
+    lines = [line(["", "N × K", "MB", "dense, MB", "of dense"]), "|---|---|---|---|---|"]
     for name, (shape, packed, dense) in found.items():
         sizes = [f"{packed / 1e6:.2f}", f"{dense / 1e6:.2f}", f"{packed / dense:.0%}"]
-        lines.append(_line([name, "{} × {}".format(*shape), *sizes]))
+        lines.append(line([name, "{} × {}".format(*shape), *sizes]))
     return "\n".join(lines)

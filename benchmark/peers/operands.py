@@ -94,9 +94,9 @@ def _integer_codes(workload: Workload) -> Codes | None:
         return None
     offset = -fmt.value_range[0]
     codes = (workload.weight.to(torch.int16) + offset).to(torch.uint8)
-    shape = (config.N, config.num_groups)
-    scale = torch.ones(shape) if workload.scale is None else workload.scale.float()
-    points = torch.zeros(shape) if workload.zero_points is None else workload.zero_points.float()
+    shape, device = (config.N, config.num_groups), workload.weight.device
+    scale = torch.ones(shape, device=device) if workload.scale is None else workload.scale.float()
+    points = torch.zeros(shape, device=device) if workload.zero_points is None else workload.zero_points.float()
     if config.zeros_mode == "rescale":
         points = points / scale
     return Codes(codes, fmt.bits, scale, points + offset, config.group)

@@ -166,6 +166,15 @@ def compile_module(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
         return tvm.compile(mod, target=target.as_tvm(), tir_pipeline=PIPELINE)
 
 
+def compile_module_for_card(mod: tvm.IRModule, target: Target) -> Compiled:
+    """`compile_module` for a card, with what the text does not tell a program: how kernels are launched."""
+    from .lowering import keep_host_functions
+
+    with keep_host_functions() as hosts:
+        executable = compile_module(mod, target)
+    return Compiled(executable.mod, hosts[-1], target.arch)
+
+
 def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> dict[str, object]:
     """Compile `plan` and write its library, its source and its scheduled script into `directory`.
 

@@ -37,6 +37,10 @@ BITBLAS_DEVICE void bitblas_load_shared_16(unsigned* out, const void* from) {
                : "r"(bitblas_shared_address(from)));
 }
 
+BITBLAS_DEVICE void bitblas_load_shared_4(unsigned* out, const void* from) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out[0]) : "r"(bitblas_shared_address(from)));
+}
+
 BITBLAS_DEVICE void bitblas_load_shared_8(unsigned* out, const void* from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                : "=r"(out[0]), "=r"(out[1])
@@ -58,6 +62,46 @@ BITBLAS_DEVICE void bitblas_copy_async(void* to, const void* from, int num_bytes
                :
                : "r"(bitblas_shared_address(to)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
+#endif
+}
+
+// Weights to shared memory, likewise: 16, 8 or 4 bytes, aligned to that.
+#define BITBLAS_COPY_BY_REGISTERS(size)      \
+  unsigned words[4];                         \
+  bitblas_stream_##size(words, from);        \
+  unsigned* shared = static_cast<unsigned*>(to); \
+  for (int word = 0; word < size / 4; ++word) shared[word] = words[word];
+
+BITBLAS_DEVICE void bitblas_copy_words_16(void* to, const void* from) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+               :
+               : "r"(bitblas_shared_address(to)), "l"(from)
+               : "memory");
+#else
+  BITBLAS_COPY_BY_REGISTERS(16)
+#endif
+}
+
+BITBLAS_DEVICE void bitblas_copy_words_8(void* to, const void* from) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;"
+               :
+               : "r"(bitblas_shared_address(to)), "l"(from)
+               : "memory");
+#else
+  BITBLAS_COPY_BY_REGISTERS(8)
+#endif
+}
+
+BITBLAS_DEVICE void bitblas_copy_words_4(void* to, const void* from) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+               :
+               : "r"(bitblas_shared_address(to)), "l"(from)
+               : "memory");
+#else
+  BITBLAS_COPY_BY_REGISTERS(4)
 #endif
 }
 

@@ -59,3 +59,43 @@ BITBLAS_DEVICE void bitblas_mma_u8(int* sums, const unsigned* weights, unsigned 
                  : "r"(weights[part]), "r"(part / 2 ? second : first));
 #endif
 }
+
+// 32 k of float8, weights e4m3 and activations e4m3, sums float32, or rather fewer bits of it: capability 8.9 and later.
+BITBLAS_DEVICE void bitblas_mma_e4m3_e4m3(float* sums, const unsigned* weights, unsigned first, unsigned second) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(first), "r"(second));
+#endif
+}
+
+// … weights e4m3 and activations e5m2.
+BITBLAS_DEVICE void bitblas_mma_e4m3_e5m2(float* sums, const unsigned* weights, unsigned first, unsigned second) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e5m2.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(first), "r"(second));
+#endif
+}
+
+// … weights e5m2 and activations e4m3.
+BITBLAS_DEVICE void bitblas_mma_e5m2_e4m3(float* sums, const unsigned* weights, unsigned first, unsigned second) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e5m2.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(first), "r"(second));
+#endif
+}
+
+// … weights e5m2 and activations e5m2.
+BITBLAS_DEVICE void bitblas_mma_e5m2_e5m2(float* sums, const unsigned* weights, unsigned first, unsigned second) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e5m2.e5m2.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(first), "r"(second));
+#endif
+}

@@ -26,6 +26,7 @@ __all__ = [
     "OrderError",
     "Statistics",
     "TranslationError",
+    "bank_conflicts",
     "build",
     "load",
     "reset_statistics",
@@ -144,7 +145,8 @@ def build(text: str, directory: Path, arch: str = "sm_80") -> Path:
     source = directory / f"{key}.cpp"
     source.write_text(f'#include <cuda_runtime.h>\n#line 1 "{key}.cu"\n{translate(text)}')
     flags = [*_KERNEL, f"-I{_HERE / 'include'}", f"-I{libinfo.find_include_path()}", f"-D__CUDA_ARCH__={number[1]}0"]
-    _make(flags, source, [str(runtime), libinfo.find_libtvm_ffi()], target)
+    libraries = ["-Wl,--wrap=memcpy,--wrap=memset", str(runtime), libinfo.find_libtvm_ffi()]
+    _make(flags, source, libraries, target)
     return target
 
 
@@ -180,7 +182,13 @@ def load(path: Path) -> tvm_ffi.Module:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What ran since the last `reset_statistics`. Bank conflicts are known of ldmatrix only: extra cycles of its reads."""
+    """
+    What ran since the last `reset_statistics`.
+
+    `shared_passes` are those of warps over the banks of shared memory: one for accesses of up to 4 bytes a lane, two for 8,
+    four for 16; `shared_conflicts` are the cycles beyond one that they would take. Approximate: g++ may split or join
+    accesses in another way than nvcc.
+    """
 
     launches: int
     blocks: int
@@ -191,8 +199,8 @@ class Statistics:
     global_accesses: int
     async_copies: int
     switches: int
-    matrix_reads: int
-    matrix_conflicts: int
+    shared_passes: int
+    shared_conflicts: int
 
 
 def set_seed(seed: int) -> None:
@@ -205,6 +213,17 @@ def statistics() -> Statistics:
     counts = (ctypes.c_long * len(Statistics.__dataclass_fields__))()
     _runtime().emulator_statistics(counts)
     return Statistics(*counts)
+
+
+class _LineConflicts(ctypes.Structure):
+    _fields_ = (("line", ctypes.c_int), ("passes", ctypes.c_long), ("extra_cycles", ctypes.c_long))
+
+
+def bank_conflicts() -> dict[int, tuple[int, int]]:
+    """Passes over the banks of shared memory and extra cycles, by line of the text that ran last; see `Statistics`."""
+    lines = (_LineConflicts * 4096)()
+    count = _runtime().emulator_conflicts(lines, len(lines))
+    return {one.line: (one.passes, one.extra_cycles) for one in lines[:count]}
 
 
 def reset_statistics() -> None:

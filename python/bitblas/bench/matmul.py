@@ -27,7 +27,7 @@ OURS = "bitblas"
 _THREADS_PER_CPU = 16
 
 #: How far a dense result may be from the reference, over its root mean square, by dtype.
-_LIMITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+LIMITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -235,25 +235,25 @@ def compare(
         workload={**op.config.fields(), "m": m},
         m=m,
         macs=m * op.config.N * op.config.K,
-        moved=_moved(op, workload),
+        moved=moved_bytes(op, workload),
         threads=torch.get_num_threads(),
         timings=(timings[0], *timings[1 + len(bounds) :]),
         skipped=tuple(peer for peer in made if isinstance(peer, Skipped)),
         weight_bytes=op.layout.num_bytes,
-        static_bytes=op.layout.num_bytes + _bytes(workload.extras.values()),
+        static_bytes=op.layout.num_bytes + bytes_of(workload.extras.values()),
         ceilings={bound.name: bound.work / timing.seconds for bound, timing in by_bound if timing.seconds},
         unit=unit_of(op, m),
         products=products_of(op, m),
     )
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _moved(op: Matmul, workload: Workload) -> int:
+def moved_bytes(op: Matmul, workload: Workload) -> int:
     """Bytes that a call has to read and write."""
-    read = op.layout.num_bytes + _bytes([workload.a, *workload.extras.values()])
+    read = op.layout.num_bytes + bytes_of([workload.a, *workload.extras.values()])
     return read + workload.m * op.config.N * getattr(torch, op.config.out_dtype).itemsize
 
 
@@ -306,7 +306,7 @@ def torch_dense(dtype: torch.dtype) -> Peer:
         return Candidate(
             f"torch {text}",
             lambda index: functional.linear(a, weights[index % len(weights)], bias),
-            lambda out: workload.check_within(out, _LIMITS[text]),
+            lambda out: workload.check_within(out, LIMITS[text]),
             text,
         )
 
@@ -327,6 +327,6 @@ def torch_int_mm(workload: Workload, budget: int) -> Candidate | Skipped:
     return Candidate(
         name,
         lambda index: torch._int_mm(a, weights[index % len(weights)].T),
-        lambda out: workload.check_within(out, 0.0 if config.out_dtype == "int32" else _LIMITS["float16"]),
+        lambda out: workload.check_within(out, 0.0 if config.out_dtype == "int32" else LIMITS["float16"]),
         "int32",
     )

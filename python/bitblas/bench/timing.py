@@ -50,6 +50,8 @@ class Candidate:
         Whether activations are used as they are given, not quantized on the way.
     repeats : int
         How many times a call does the work.
+    copies : int
+        Through how many copies of the weights the numbers of calls lead.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Candidate:
     computes: str
     exact: bool = True
     repeats: int = 1
+    copies: int = 1
 
 
 @dataclass(frozen=True)

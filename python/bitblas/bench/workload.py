@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..config import MatmulConfig
+from ..measuring import CPU
 from .timing import Verdict
 
 #: Rows of the weight that are decoded at a time, so that no float64 copy of a whole weight is held.
@@ -36,6 +37,8 @@ class Workload:
         As `Matmul` takes them.
     zero_points : torch.Tensor or None
         (N, K / g), the numbers that `zeros` holds.
+    decoded : str
+        The dtype to which the operator rounds decoded weights.
     """
 
     config: MatmulConfig
@@ -45,6 +48,7 @@ class Workload:
     zeros: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     zero_points: torch.Tensor | None = None
+    decoded: str = "float32"
 
     @property
     def m(self) -> int:
@@ -61,13 +65,13 @@ class Workload:
         """The float64 values of a block of rows."""
         block, fmt = self.weight[first : first + _BLOCK_ROWS], self.config.format
         if fmt.codebook:
-            return torch.tensor(fmt.codebook, dtype=torch.float64)[block.to(torch.int64)]
+            return torch.tensor(fmt.codebook, dtype=torch.float64, device=block.device)[block.to(torch.int64)]
         return block.to(torch.float64)
 
     def _per_k(self, tensor: torch.Tensor | None, first: int, default: float) -> torch.Tensor:
         """Numbers of the groups of a block of rows, for each k."""
         if tensor is None:
-            return torch.tensor(default, dtype=torch.float64)
+            return torch.tensor(default, dtype=torch.float64, device=self.weight.device)
         block = tensor[first : first + _BLOCK_ROWS].to(torch.float64)
         return block.repeat_interleave(self.config.group, dim=1)
 
@@ -82,7 +86,7 @@ class Workload:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The (N, K) weight that is meant, rounded to `dtype`."""
-        out = torch.empty(self.config.N, self.config.K, dtype=dtype)
+        out = torch.empty(self.config.N, self.config.K, dtype=dtype, device=self.weight.device)
         for first, block in self._blocks():
             out[first : first + len(block)] = block
         return out
@@ -94,7 +98,7 @@ class Workload:
             return self.a.to(torch.float64)
         a = self.a.to(torch.float32).unflatten(1, (self.config.activation_groups, -1))
         largest = a.abs().amax(dim=2, keepdim=True).clamp(min=2.0**-119)
-        most = torch.tensor(127.0)  # a number in its place would be multiplied with a reciprocal
+        most = torch.tensor(127.0, device=a.device)  # a number in its place would be multiplied with a reciprocal
         whole, scale = (a * (most / largest)).round(), largest / most  # ties to even
         return (whole.to(torch.float64) * scale.to(torch.float64)).flatten(1)
 
@@ -116,7 +120,8 @@ class Workload:
     def _bound(self) -> torch.Tensor:
         """How far a result of the operator may be: float32 sums of K products, and the rounding of the output.
 
-        2·√K·2^-24·‖a‖·‖(|q| + |z|)·s‖ + u(out)·|ref|, by row and column; integers are exact.
+        2·√K·2^-24·‖a‖·‖(|q| + |z|)·s‖ + u(out)·|ref|, by row and column; integers are exact. Where weights are rounded when
+        they are decoded, 4·u(decoded)·‖a ∘ (|q| + |z|)·s‖ more, as of errors that are independent of each other.
         """
         config = self.config
         integers = config.integer_accumulation and self.scale is None and not config.activation_groups
@@ -124,9 +129,16 @@ class Workload:
         sums = self.a.to(torch.float64).norm(dim=1)[:, None] * norms * (2 * math.sqrt(config.K) * 2.0**-24)
         if integers:
             sums.zero_()
+        elif self.decoded != "float32":
+            sums += 4 * _ROUNDOFF[self.decoded] * self._term_norms()
         if config.out_dtype in ("int8", "int32"):
             return sums if integers else sums + 0.5
         return sums + _ROUNDOFF[config.out_dtype] * self._ours.abs() + _SMALLEST[config.out_dtype]
+
+    def _term_norms(self) -> torch.Tensor:
+        """(m, N): the Euclidean norm over k of the sizes of the terms that are added."""
+        squares = self.a.to(torch.float64).square()
+        return torch.cat([squares @ block.square().T for _, block in self._blocks(magnitude=True)], dim=1).sqrt()
 
     def error(self, out: torch.Tensor, expected: torch.Tensor | None = None) -> torch.Tensor:
         """float64 distances from a result, by default the expected one; infinite for NaN and for another shape."""
@@ -159,7 +171,7 @@ class Workload:
         return Verdict(max(verdict.error for verdict in verdicts), all(verdict.right for verdict in verdicts))
 
 
-def draw_workload(config: MatmulConfig, m: int, seed: int = 0) -> Workload:
+def draw_workload(config: MatmulConfig, m: int, seed: int = 0, device: torch.device = CPU) -> Workload:
     """Draw operands whose results have a size of about 1, where there are scales to bring them there.
 
     Parameters
@@ -169,10 +181,13 @@ def draw_workload(config: MatmulConfig, m: int, seed: int = 0) -> Workload:
     m : int
         Rows of A.
     seed : int
-        The same seed gives the same operands.
+        The same seed gives the same operands on one kind of device.
+    device : torch.device
+        Where they are drawn, and lie.
     """
-    a = _draw_activations(config, m, torch.Generator().manual_seed(seed + m))
-    return Workload(config, a, *_draw_operands(replace(config, M=1), seed))
+    with device:
+        a = _draw_activations(config, m, torch.Generator(device).manual_seed(seed + m))
+        return Workload(config, a, *_draw_operands(replace(config, M=1), seed, device))
 
 
 def _draw_activations(config: MatmulConfig, m: int, generator: torch.Generator) -> torch.Tensor:
@@ -187,9 +202,9 @@ def _largest_activation(config: MatmulConfig) -> int:
 
 
 @lru_cache(maxsize=2)  # of a case and of a variant that is timed beside it
-def _draw_operands(config: MatmulConfig, seed: int) -> tuple[Any, ...]:
+def _draw_operands(config: MatmulConfig, seed: int, device: torch.device) -> tuple[Any, ...]:
     """Weight, scale, zeros, bias and zero points, the same for any number of rows; the last are kept."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     a_size = 0.58 * _largest_activation(config) if config.held_dtype == "int8" else 1.0
     weight, w_size = _draw_weight(config, generator)
     dtype, shape = getattr(torch, config.scale_dtype), (config.N, config.num_groups)
@@ -227,6 +242,6 @@ def _draw_weight(config: MatmulConfig, generator: torch.Generator) -> tuple[torc
 
 def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """(R, C) codes -> int8 (R, ceil(C·bits/8)), a little-endian bit stream per row."""
-    planes = (codes.numpy()[..., None] >> np.arange(bits)) & 1
+    planes = (codes.cpu().numpy()[..., None] >> np.arange(bits)) & 1
     stream = planes.astype(np.uint8).reshape(codes.shape[0], -1)
-    return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little").view(np.int8))
+    return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little").view(np.int8)).to(codes.device)

@@ -90,9 +90,9 @@ class DenseMatmul:
         self._kept[id(w)] = _Kept(matrix, refs, _versions(sources), stream, done)
         return matrix
 
-    def _dropper(self, key: int) -> Callable[[object], None]:
+    def _dropper(self, key: int) -> Callable[[object], object]:
         kept = self._kept  # and not this object, which it would keep alive
-        return lambda _dead: kept.pop(key, None) and None
+        return lambda _dead: kept.pop(key, None)
 
     def _decoded(self, w: torch.Tensor, extras: Sequence[torch.Tensor]) -> torch.Tensor:
         matrix = torch.empty(self._config.N, self._config.K, dtype=self._dtype, device=w.device)

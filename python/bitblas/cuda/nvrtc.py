@@ -8,6 +8,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from ..errors import BuildError
 from ..sources import source_dir
 from .nvcc import package_files
@@ -19,10 +21,13 @@ _USUAL = "/usr/local/cuda"
 
 
 def find_nvrtc() -> str | None:
-    """The path of NVRTC's library, of PyPI's packages or of a toolkit; or None."""
+    """The path of NVRTC's library, of PyPI's packages or of a toolkit, that of torch's CUDA first; or None."""
     found = package_files(f"lib/{_LIBRARY}")
     for root in _toolkits():
         found += [path for folder in ("lib64", "lib") for path in sorted((root / folder).glob(_LIBRARY), reverse=True)]
+    # drivers load code of the CUDA that they, and with them torch, are for
+    major = (torch.version.cuda or "").partition(".")[0]
+    found.sort(key=lambda path: f".so.{major}" not in path.name)
     return str(found[0]) if found else ctypes.util.find_library("nvrtc")
 
 

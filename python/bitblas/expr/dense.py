@@ -9,6 +9,7 @@ from ..config import MatmulConfig
 from ..layout import PackedLayout
 from .codes import row_code, stream_code
 from .decode import decode
+from .threads import thread_decoder
 
 _WORD = 32
 
@@ -34,6 +35,10 @@ def dense_func(config: MatmulConfig, layout: PackedLayout, name: str) -> tirx.Pr
         Z = te.placeholder(shape, dtype, name="Z")
         arguments.append(Z)
 
+    def decoded(code: Expr) -> Expr:
+        # a table would have to be shared by a block
+        return decode(config.format, code) if config.format.codebook else thread_decoder(config.format)(code)
+
     def zero(n: Expr, g: Expr) -> Expr:
         if not config.zeros_packed:
             return Z[n, g].astype("float32")
@@ -43,7 +48,7 @@ def dense_func(config: MatmulConfig, layout: PackedLayout, name: str) -> tirx.Pr
 
     def value(n: Expr, k: Expr) -> Expr:
         code = _word_code(layout, W, n, k) if in_words else row_code(layout, W, n, k)
-        found = decode(config.format, code)
+        found = decoded(code)
         scale = S[n, k // group].astype("float32") if config.with_scaling else None
         shift = zero(n, k // group) if config.with_zeros else None
         if shift is not None and config.zeros_mode != "rescale":

@@ -131,8 +131,8 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     """Build the function (A, W, [scale], [zeros], [bias], out).
 
     Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,), or the same as int32 where
-    `streams_words`; scale (N, K/g) and zeros (N, K/g) in
-    `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed; bias (N,) `config.bias_dtype`; out (m, N) out_dtype.
+    `streams_words`; scale (N, K/g) and zeros (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed;
+    bias (N,) `config.bias_dtype`; out (m, N) out_dtype.
     """
     cfg = expr.config
     m = te.var("m")

@@ -13,9 +13,14 @@ def placed_dtype(dtype: str, threads: bool) -> str:
     return "uint16" if threads and dtype == "bfloat16" else dtype
 
 
+def is_bits(element: Expr) -> bool:
+    """Whether an element of an operand is the bits of a bfloat16."""
+    return str(element.dtype if hasattr(element, "dtype") else element.ty) == "uint16"  # of te and of tirx
+
+
 def widen(element: Expr) -> Expr:
     """An element of an operand as float32."""
-    if element.dtype != "uint16":
+    if not is_bits(element):
         return element.astype("float32")
     return tirx.reinterpret("float32", tirx.shift_left(element.astype("uint32"), tirx.const(16, "uint32")))
 
@@ -52,7 +57,7 @@ def finish(
     if bias is not None:
         if dtype in ("int32", "int64"):  # wide enough that the sum saturates instead of wrapping
             dtype = "int64" if cfg.bias_dtype == "int32" else cfg.scaling_dtype
-        value = value.astype(dtype) + (widen(bias) if bias.dtype == "uint16" else bias).astype(dtype)
+        value = value.astype(dtype) + (widen(bias) if is_bits(bias) else bias).astype(dtype)
     return store_as(value, dtype, cfg.out_dtype, threads, as_bits)
 
 

@@ -17,10 +17,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..artifacts.process import this_process
-from ..build import LIBRARY, SOURCES, build_library, compile_module, compile_plan, find_compiler
+from ..build import (
+    LIBRARY,
+    SOURCES,
+    build_library,
+    compile_module,
+    compile_module_for_card,
+    compile_plan,
+    find_compiler,
+)
 from ..cards import Batch, CardClock, Stopwatch, batch_of, cache_bytes_of, device_of, take_batches, time_on
 from ..config import MatmulConfig
-from ..cuda.compile import write_cuda
+from ..cuda.compile import Compiled, write_cuda
 from ..errors import BitBLASError, BuildError
 from ..logs import warn_once
 from ..measuring import Operands, spoil, take_turn
@@ -251,19 +259,20 @@ def measure_module(mod: tvm.IRModule, problem: Problem) -> float:
         This machine cannot run code for the target.
     """
     problem.target.check_runnable()
+    on_card = problem.target.kind == "cuda"
     try:
-        executable = compile_module(mod, problem.target)
+        compiled = (compile_module_for_card if on_card else compile_module)(mod, problem.target)
     except (RuntimeError, ValueError, TypeError) as error:  # what TVM's own errors derive from
         raise BuildError(f"TVM could not compile {problem.config} for {problem.target}", output=str(error)) from error
     ((variable, func),) = mod.functions_items()
-    if problem.target.kind == "cuda":
-        kernels = _kernels_of(executable, variable.name_hint, func, problem)
+    if on_card:
+        kernels = _kernels_of(compiled, variable.name_hint, func, problem)
     else:
-        kernels = wrap_function(executable, variable.name_hint, problem.m)
+        kernels = wrap_function(compiled, variable.name_hint, problem.m)
     return time_on(problem.target, kernels, problem.config, problem.layout, problem.m)
 
 
-def _kernels_of(executable: tvm.runtime.Executable, name: str, func: object, problem: Problem) -> Kernels:
+def _kernels_of(compiled: Compiled, name: str, func: object, problem: Problem) -> Kernels:
     """Load a described function for cards, which was compiled and is built now."""
     from ..transform import read_description
 
@@ -275,7 +284,7 @@ def _kernels_of(executable: tvm.runtime.Executable, name: str, func: object, pro
     try:
         compiler = find_compiler(target)
         assert compiler is not None
-        write_cuda(executable.mod, directory / SOURCES["cuda"], directory / LIBRARY, compiler, target.arch)
+        write_cuda(compiled, directory / SOURCES["cuda"], directory / LIBRARY, compiler)
         return load_kernels(directory / LIBRARY, plan)
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -97,6 +97,13 @@ struct Bind {
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
   emulator::Bind<Params...> bind{kernel, emulator::Bound<Params...>(static_cast<Params>(args)...)};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeCooperative ||
+        (attribute.id == cudaLaunchAttributeClusterDimension &&
+         attribute.val.clusterDim.x * attribute.val.clusterDim.y * attribute.val.clusterDim.z > 1))
+      return emulator::refuse("cooperative launches and clusters are not emulated: blocks run one after the other");
+  }
   emulator::set_arch(__CUDA_ARCH__);
   return emulator::run_grid({config->gridDim, config->blockDim, config->dynamicSmemBytes, (const void*)kernel,
                              &emulator::__ehdr_start, &emulator::_end, &emulator::Bind<Params...>::call, &bind});

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <stdio.h>
 
 namespace emulator {
@@ -65,7 +66,14 @@ static void set_thread_indices(dim3 block) {
   state.thread_count = number;
 }
 
+int refuse(const char* reason) {
+  state.error = reason;
+  return invalid_value;
+}
+
 int run_grid(const Launch& launch) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   state.error = misfit(launch);
   if (!state.error.empty()) {
     state.error = "invalid launch: " + state.error;
@@ -78,6 +86,7 @@ int run_grid(const Launch& launch) {
   set_thread_indices(launch.block);
   allocate_stacks(state.thread_count);
   begin_grid_memory(launch);
+  begin_grid_of_banks(launch.library_begin);
   std::vector<uint64_t> order(uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z);
   for (uint64_t i = 0; i < order.size(); ++i) order[i] = i;
   for (uint64_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
@@ -90,6 +99,7 @@ int run_grid(const Launch& launch) {
     begin_block_of_warps();
     begin_block_memory();
     run_block(launch.call, launch.arguments);
+    end_block_of_banks();
     if (state.has_failed) return launch_failure;
     if (long(launch.dynamic_shared + static_shared_bytes()) > shared_limit(state.arch)) {
       state.error = "invalid launch: more shared memory than a block may have";
@@ -101,6 +111,5 @@ int run_grid(const Launch& launch) {
 
 extern "C" EMULATOR_API void emulator_set_seed(uint64_t value) { seed = value; }
 extern "C" EMULATOR_API void emulator_statistics(Statistics* target) { *target = state.statistics; }
-extern "C" EMULATOR_API void emulator_reset_statistics() { state.statistics = {}; }
 
 }  // namespace emulator

@@ -113,32 +113,24 @@ static const char* row_pointer(Gathering& gathering, int row, int line) {
   return ptx::shared(address);
 }
 
-// Eight rows of 16 bytes are read at once; rows beyond one in the same four banks take another cycle each.
-static void count_conflicts(Gathering& gathering, int matrix) {
-  int uses[8] = {};
-  int cycles = 0;
-  for (int row = 0; row < 8; ++row) {
-    const uint32_t address = static_cast<MatrixArgument*>(gathering.arguments[8 * matrix + row])->address;
-    bool is_repeated = false;
-    for (int other = 0; other < row; ++other)
-      is_repeated |= static_cast<MatrixArgument*>(gathering.arguments[8 * matrix + other])->address == address;
-    if (!is_repeated && ++uses[address / 16 % 8] > cycles) cycles = uses[address / 16 % 8];
-  }
-  ++state.statistics.matrix_reads;
-  state.statistics.matrix_conflicts += cycles - 1;
+// Eight rows are read at once, as if eight lanes read 16 bytes each.
+static void count_rows(Gathering& gathering, int matrices) {
+  for (int row = 0; row < 8 * matrices; ++row)
+    count_banks(is_line | gathering.line, state.current->warp * warp_lanes + row,
+                static_cast<MatrixArgument*>(gathering.arguments[row])->address, 16);
 }
 
 static void run_ldmatrix(Gathering& gathering) {
   const auto& first = *static_cast<MatrixArgument*>(gathering.arguments[0]);
   const int warp = state.current->warp * warp_lanes;
+  count_rows(gathering, first.matrices);
   for (int matrix = 0; matrix < first.matrices; ++matrix) {
-    count_conflicts(gathering, matrix);
     for (int lane = 0; lane < warp_lanes; ++lane) {
       uint16_t parts[2];
       for (int i = 0; i < 2; ++i) {
         const int row = first.transposed ? lane % 4 * 2 + i : lane / 4, column = first.transposed ? lane / 4 : lane % 4 * 2 + i;
         const char* pointer = row_pointer(gathering, 8 * matrix + row, gathering.line) + 2 * column;
-        check_access(pointer, 2, Access::read, warp + lane);
+        check_access(pointer, 2, Access::read, warp + lane, is_line | gathering.line);
         memcpy(&parts[i], pointer, 2);
       }
       static_cast<MatrixArgument*>(gathering.arguments[lane])->d[matrix] = ptx::pair(parts[0], parts[1]);
@@ -149,13 +141,14 @@ static void run_ldmatrix(Gathering& gathering) {
 static void run_stmatrix(Gathering& gathering) {
   const auto& first = *static_cast<MatrixArgument*>(gathering.arguments[0]);
   const int warp = state.current->warp * warp_lanes;
+  count_rows(gathering, first.matrices);
   for (int matrix = 0; matrix < first.matrices; ++matrix)
     for (int lane = 0; lane < warp_lanes; ++lane) {
       const uint32_t value = static_cast<MatrixArgument*>(gathering.arguments[lane])->s[matrix];
       for (int i = 0; i < 2; ++i) {
         const int row = first.transposed ? lane % 4 * 2 + i : lane / 4, column = first.transposed ? lane / 4 : lane % 4 * 2 + i;
         char* pointer = const_cast<char*>(row_pointer(gathering, 8 * matrix + row, gathering.line)) + 2 * column;
-        check_access(pointer, 2, Access::write, warp + lane);
+        check_access(pointer, 2, Access::write, warp + lane, is_line | gathering.line);
         const uint16_t part = uint16_t(value >> 16 * i);
         memcpy(pointer, &part, 2);
       }

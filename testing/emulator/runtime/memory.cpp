@@ -3,7 +3,9 @@
 // Kernels are compiled with -fsanitize=thread, whose calls (`__tsan_read4` ...) end here instead of in its library.
 #include "runtime.h"
 
+#include <dlfcn.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -34,6 +36,7 @@ static size_t static_end, dynamic_end, static_bytes;
 // What has happened to a byte since the block began. A stamp: the epoch, the thread, how.
 struct Cell {
   uint32_t write, read, earlier_read;  // the last reader, and the last other than it
+  uint32_t write_place, read_place, earlier_read_place;
 };
 constexpr uint32_t thread_mask = 1023, is_atomic = 1 << 10, is_pending = 1 << 11;
 constexpr int epoch_shift = 12;
@@ -84,19 +87,19 @@ extern "C" EMULATOR_API void emulator_allow(uintptr_t begin, size_t bytes, const
 }
 extern "C" EMULATOR_API void emulator_allow_all() { ranges.clear(); }
 
-[[noreturn]] static void out_of_bounds(uintptr_t address, size_t bytes, Access access) {
+[[noreturn]] static void out_of_bounds(uintptr_t address, size_t bytes, Access access, uint32_t place) {
   const Range* nearest = nullptr;
   uintptr_t distance = UINTPTR_MAX;
   for (const Range& range : ranges) {
     const uintptr_t away = address < range.begin ? range.begin - address : address - range.end;
     if (away < distance) nearest = &range, distance = away;
   }
-  fail("global memory: a %s of %zu bytes out of bounds, at offset %ld of %s, which has %ld bytes",
-       access == Access::read ? "read" : "write", bytes, long(address - nearest->begin), nearest->name.c_str(),
-       long(nearest->end - nearest->begin));
+  fail("global memory: %zu bytes %s%s out of bounds, at offset %ld of %s, which has %ld bytes", bytes,
+       access == Access::read ? "read" : "written", place_name(place).c_str(), long(address - nearest->begin),
+       nearest->name.c_str(), long(nearest->end - nearest->begin));
 }
 
-static void check_global(uintptr_t address, size_t bytes, Access access) {
+static void check_global(uintptr_t address, size_t bytes, Access access, uint32_t place) {
   ++state.statistics.global_accesses;
   if (ranges.empty()) return;
   static size_t last = 0;
@@ -109,7 +112,7 @@ static void check_global(uintptr_t address, size_t bytes, Access access) {
   if (address >= library_begin && address + bytes <= library_end) return;
   const Thread& self = *state.current;
   if (address >= uintptr_t(self.stack_begin) && address + bytes <= uintptr_t(self.stack_end)) return;
-  out_of_bounds(address, bytes, access);
+  out_of_bounds(address, bytes, access, place);
 }
 
 // ---- races ----------------------------------------------------------------------------------------------------------
@@ -135,9 +138,15 @@ static bool is_unordered(uint32_t stamp, int thread) {
   return stamp >> epoch_shift > state.warps[thread / warp_lanes].known[other / warp_lanes];
 }
 
-[[noreturn]] static void race(size_t offset, int thread, const char* now, uint32_t stamp, const char* before) {
-  fail("shared memory race: %s is %s by thread %d and was %s by thread %d with no barrier in between", name_of(offset).c_str(), now,
-       thread, before, int(stamp & thread_mask));
+struct Event {
+  const char* what;
+  int thread;
+  uint32_t place;
+};
+
+[[noreturn]] static void race(size_t offset, Event now, Event before) {
+  fail("shared memory race: %s is %s by thread %d%s and was %s by thread %d%s with no barrier in between", name_of(offset).c_str(),
+       now.what, now.thread, place_name(now.place).c_str(), before.what, before.thread, place_name(before.place).c_str());
 }
 
 static bool is_allocated(size_t offset, size_t bytes) {
@@ -147,48 +156,78 @@ static bool is_allocated(size_t offset, size_t bytes) {
   return false;
 }
 
-static void check_shared(size_t offset, size_t bytes, Access access, int thread, uint32_t flags = 0) {
-  ++state.statistics.shared_accesses;
-  if (!is_allocated(offset, bytes))
-    fail("shared memory: %s of %zu bytes out of bounds at %s (%zu bytes are allocated)", access == Access::read ? "read" : "write",
-         bytes, name_of(offset).c_str(), offset >= dynamic_begin ? dynamic_end - dynamic_begin : static_bytes);
-  const uint32_t stamp = state.warps[thread / warp_lanes].epoch << epoch_shift | uint32_t(thread);
-  for (size_t i = offset; i < offset + bytes; ++i) {
-    Cell& cell = cells[i];
-    if (cell.write & is_pending)
-      fail("cp.async: %s is %s by thread %d before thread %d has waited for the copy to it", name_of(i).c_str(),
-           access == Access::read ? "read" : "written", thread, int(cell.write & thread_mask));
-    const bool both_atomic = access == Access::atomic && (cell.write & is_atomic);
-    if (!both_atomic && is_unordered(cell.write, thread)) race(i, thread, access == Access::read ? "read" : "written", cell.write, "written");
-    if (access == Access::read) {
-      if ((cell.read & thread_mask) != uint32_t(thread)) cell.earlier_read = cell.read;
-      cell.read = stamp;
-    } else {
-      if (is_unordered(cell.read, thread)) race(i, thread, "written", cell.read, "read");
-      if (is_unordered(cell.earlier_read, thread)) race(i, thread, "written", cell.earlier_read, "read");
-      cell.write = stamp | flags | (access == Access::atomic ? is_atomic : 0);
-    }
+static void check_byte(size_t offset, Access access, Event now, uint32_t stamp) {
+  Cell& cell = cells[offset];
+  const auto by = [](uint32_t other) { return int(other & thread_mask); };
+  if (cell.write & is_pending)
+    fail("cp.async: %s is %s by thread %d%s before thread %d has waited for the copy to it%s", name_of(offset).c_str(), now.what,
+         now.thread, place_name(now.place).c_str(), by(cell.write), place_name(cell.write_place).c_str());
+  const bool both_atomic = access == Access::atomic && (cell.write & is_atomic);
+  if (!both_atomic && is_unordered(cell.write, now.thread)) race(offset, now, {"written", by(cell.write), cell.write_place});
+  if (access == Access::read) {
+    if (by(cell.read) != now.thread) cell.earlier_read = cell.read, cell.earlier_read_place = cell.read_place;
+    cell.read = stamp;
+    cell.read_place = now.place;
+  } else {
+    if (is_unordered(cell.read, now.thread)) race(offset, now, {"read", by(cell.read), cell.read_place});
+    if (is_unordered(cell.earlier_read, now.thread))
+      race(offset, now, {"read", by(cell.earlier_read), cell.earlier_read_place});
+    cell.write = stamp;
+    cell.write_place = now.place;
   }
 }
 
-void check_access(const void* pointer, size_t bytes, Access access, int thread) {
+static void check_shared(size_t offset, size_t bytes, Access access, int thread, uint32_t place, uint32_t flags = 0) {
+  ++state.statistics.shared_accesses;
+  const char* what = access == Access::read ? "read" : "written";
+  if (!is_allocated(offset, bytes))
+    fail("shared memory: %zu bytes %s%s out of bounds at %s (%zu bytes are allocated)", bytes, what, place_name(place).c_str(),
+         name_of(offset).c_str(), offset >= dynamic_begin ? dynamic_end - dynamic_begin : static_bytes);
+  uint32_t stamp = state.warps[thread / warp_lanes].epoch << epoch_shift | uint32_t(thread) | flags;
+  if (access == Access::atomic) stamp |= is_atomic;
+  for (size_t i = offset; i < offset + bytes; ++i) check_byte(i, access, {what, thread, place}, stamp);
+}
+
+void check_access(const void* pointer, size_t bytes, Access access, int thread, uint32_t place) {
   const size_t offset = static_cast<const char*>(pointer) - arena;
-  if (offset < arena_bytes) return check_shared(offset, bytes, access, thread);
-  check_global(uintptr_t(pointer), bytes, access);
+  if (offset < arena_bytes) return check_shared(offset, bytes, access, thread, place);
+  check_global(uintptr_t(pointer), bytes, access, place);
 }
 
 constexpr long patience = 200'000'000;  // accesses of one thread without giving way: it spins
 
-static inline void on_access(const void* pointer, size_t bytes, Access access) {
+static inline void on_access(const void* pointer, size_t bytes, Access access, const void* from) {
   Thread* self = state.current;
   if (self == nullptr) return;  // the launcher
-  if (++self->accesses > patience) fail("no progress: a thread spins (blocks run one after the other)");
-  check_access(pointer, bytes, access, self->number);
+  const uint32_t place = uint32_t(uintptr_t(from) - 1 - library_begin);
+  if (++self->accesses > patience)
+    fail("no progress: a thread spins%s (blocks run one after the other)", place_name(place).c_str());
+  check_access(pointer, bytes, access, self->number, place);
+  const size_t offset = static_cast<const char*>(pointer) - arena;
+  if (offset < arena_bytes) count_banks(place, self->number, uint32_t(offset), bytes);
+}
+
+// The line of a place, by way of the library's debug information; empty if that fails.
+std::string place_name(uint32_t place) {
+  if (place & is_line) return " in line " + std::to_string(place & ~is_line);
+  Dl_info library;
+  if (dladdr(reinterpret_cast<void*>(library_begin), &library) == 0) return "";
+  char command[512], line[512];
+  snprintf(command, sizeof command, "addr2line -i -e '%s' %#x 2>/dev/null", library.dli_fname, place);
+  FILE* output = popen(command, "r");
+  if (output == nullptr) return "";
+  std::string result;
+  while (fgets(line, sizeof line, output) != nullptr) {  // the innermost inlined function first
+    const char* number = strstr(line, ".cu:");
+    if (number != nullptr && atoi(number + 4) > 0 && result.empty()) result = " in line " + std::to_string(atoi(number + 4));
+  }
+  pclose(output);
+  return result;
 }
 
 void touch(const void* pointer, size_t bytes, Access access) {
   if (uintptr_t(pointer) % bytes != 0) fail("an atomic operation on %zu bytes at a misaligned address", bytes);
-  on_access(pointer, bytes, access);
+  on_access(pointer, bytes, access, __builtin_return_address(0));
 }
 
 // ---- late copies ----------------------------------------------------------------------------------------------------
@@ -217,8 +256,9 @@ void cp_async(uint32_t shared, const void* global, int bytes, int source_bytes, 
   if (source_bytes > 0 && uintptr_t(global) % bytes != 0)
     fail("line %d: cp.async of %d bytes from a misaligned address", line, bytes);
   if (size_t(static_cast<const char*>(global) - arena) < arena_bytes) fail("line %d: cp.async from shared memory", line);
-  if (source_bytes > 0) check_global(uintptr_t(global), source_bytes, Access::read);
-  check_shared(shared, bytes, Access::write, thread, is_pending);
+  if (source_bytes > 0) check_global(uintptr_t(global), source_bytes, Access::read, is_line | line);
+  check_shared(shared, bytes, Access::write, thread, is_line | line, is_pending);
+  count_banks(is_line | line, thread, shared, bytes);
   copies_of[thread].copies.push_back({shared, global, bytes, source_bytes});
   ++state.statistics.async_copies;
 }
@@ -277,17 +317,27 @@ using emulator::Access;
 
 #define HOOK extern "C" __attribute__((visibility("default"))) void
 #define HOOKS(BYTES)                                                                                            \
-  HOOK __tsan_read##BYTES(void* p) { emulator::on_access(p, BYTES, Access::read); }                             \
-  HOOK __tsan_write##BYTES(void* p) { emulator::on_access(p, BYTES, Access::write); }                           \
-  HOOK __tsan_unaligned_read##BYTES(void* p) { emulator::on_access(p, BYTES, Access::read); }                   \
-  HOOK __tsan_unaligned_write##BYTES(void* p) { emulator::on_access(p, BYTES, Access::write); }
+  HOOK __tsan_read##BYTES(void* p) { emulator::on_access(p, BYTES, Access::read, __builtin_return_address(0)); }                             \
+  HOOK __tsan_write##BYTES(void* p) { emulator::on_access(p, BYTES, Access::write, __builtin_return_address(0)); }                           \
+  HOOK __tsan_unaligned_read##BYTES(void* p) { emulator::on_access(p, BYTES, Access::read, __builtin_return_address(0)); }                   \
+  HOOK __tsan_unaligned_write##BYTES(void* p) { emulator::on_access(p, BYTES, Access::write, __builtin_return_address(0)); }
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-HOOK __tsan_read_range(void* p, size_t bytes) { emulator::on_access(p, bytes, Access::read); }
-HOOK __tsan_write_range(void* p, size_t bytes) { emulator::on_access(p, bytes, Access::write); }
+HOOK __tsan_read_range(void* p, size_t bytes) { emulator::on_access(p, bytes, Access::read, __builtin_return_address(0)); }
+HOOK __tsan_write_range(void* p, size_t bytes) { emulator::on_access(p, bytes, Access::write, __builtin_return_address(0)); }
+// What the compiler makes of large copies; the linker sends it here (--wrap).
+extern "C" __attribute__((visibility("default"))) void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+  emulator::on_access(from, bytes, Access::read, __builtin_return_address(0));
+  emulator::on_access(to, bytes, Access::write, __builtin_return_address(0));
+  return memcpy(to, from, bytes);
+}
+extern "C" __attribute__((visibility("default"))) void* __wrap_memset(void* to, int value, size_t bytes) {
+  emulator::on_access(to, bytes, Access::write, __builtin_return_address(0));
+  return memset(to, value, bytes);
+}
 HOOK __tsan_init() {}
 HOOK __tsan_func_entry(void*) {}
 HOOK __tsan_func_exit() {}

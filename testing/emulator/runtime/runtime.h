@@ -17,7 +17,8 @@ struct Thread {
   uint3 index;
   int number, warp, lane;
   bool exited;
-  long accesses;  // since it last gave way
+  long accesses;   // since it last gave way
+  uint32_t place;  // of its last checked access, for messages
   const char* waits_for;  // for messages; null while it can run
   int waits_line;
 };
@@ -48,7 +49,7 @@ struct Barrier {
 
 struct Statistics {
   long launches, blocks, threads, barriers, warp_operations, shared_accesses, global_accesses, async_copies, switches;
-  long matrix_reads, matrix_conflicts;  // ldmatrix phases of 8 rows, and the extra cycles that bank conflicts cost them
+  long shared_passes, shared_conflicts;  // of warps to the banks of shared memory, and the extra cycles that conflicts cost
 };
 
 struct State {
@@ -86,9 +87,17 @@ bool is_ordered(int other_thread, uint32_t epoch);  // before what the current t
 // memory.cpp
 void begin_grid_memory(const Launch& launch);
 void begin_block_memory();
-void check_access(const void* pointer, size_t bytes, Access access, int thread);
+void check_access(const void* pointer, size_t bytes, Access access, int thread, uint32_t place);
+// Where in the text an access is: a line if `is_line` is set, else an offset into the library's code.
+constexpr uint32_t is_line = 1u << 31;
+std::string place_name(uint32_t place);
 std::string static_shared_error();
 size_t static_shared_bytes();
 void drop_copies(int thread);
+
+// banks.cpp
+void begin_grid_of_banks(const void* library);
+void end_block_of_banks();
+void count_banks(uint32_t place, int thread, uint32_t address, size_t bytes);
 
 }  // namespace emulator

@@ -1,13 +1,13 @@
 """Decoding all weights for torch's own product: the kernel in the emulator, and what keeps its result."""
 
 import gc
-import itertools
 
 import pytest
-import reference
 import torch
 import tvm
+from testing import emulator
 
+import reference
 from bitblas import MatmulConfig, build, packing
 from bitblas.cuda.dense import DenseMatmul
 from bitblas.cuda.source import cuda_source
@@ -17,84 +17,79 @@ from bitblas.schedule import Problem, cuda
 from bitblas.schedule.cuda.dense import DenseRule, is_dense
 from bitblas.target import resolve_target
 from bitblas.transform import described_func
-from testing import emulator
 
 TARGET = resolve_target("cuda -arch=sm_80")
 BASE = {"M": 2048, "out_dtype": "float16", "A_dtype": "float16", "accum_dtype": "float32"}
 PACKED = [name for name, fmt in FORMATS.items() if not fmt.is_native]
-ZEROS = ("original", "rescale", "quantized")
 
 
 def config(**changes):
     return MatmulConfig(**{**BASE, "N": 32, "K": 128, "W_dtype": "uint4", **changes})
 
 
-def module(cfg, layout, tiling=None):
+def function(cfg, layout, name):
     problem = Problem(cfg.kernel, layout, TARGET, 2048)
     rule = DenseRule()
-    tiling = tiling or rule.tilings(problem)[0]
-    func = rule.apply(described_func(problem, rule.name, tiling, "decode"), problem, tiling)
-    return build.compile_module(tvm.IRModule({"decode": func}), TARGET)
+    tiling = rule.tilings(problem)[0]
+    return rule.apply(described_func(problem, rule.name, tiling, name), problem, tiling)
 
 
-def decoder(cfg, layout, directory, tiling=None):
-    text = cuda_source(module(cfg, layout, tiling).mod)
-    found = emulator.load(emulator.build(text, directory))["decode"]
-    return lambda *tensors: emulator.run(found, *tensors)
+def check_all(configs, directory, exact):
+    """Build a kernel for each config into one text, run them in the emulator, and compare with float64."""
+    layouts = {name: cuda.cuda_layout(cfg.kernel, TARGET) for name, cfg in configs.items()}
+    functions = {name: function(cfg, layouts[name], name) for name, cfg in configs.items()}
+    text = cuda_source(build.compile_module(tvm.IRModule(functions), TARGET).mod)
+    found = emulator.load(emulator.build(text, directory))
+    for name, cfg in configs.items():
+        problem = reference.draw(cfg, 1, exact=exact)
+        out = torch.full((cfg.N, cfg.K), float("nan"), dtype=getattr(torch, cfg.A_dtype))
+        extras = [problem.scale]
+        if cfg.with_zeros:
+            extras.append(problem.zeros.view(-1) if cfg.zeros_mode == "quantized" else problem.zeros)
+        codes = problem.codes.to(packing.code_dtype(cfg.format))
+        emulator.run(found[name], packing.pack(codes, layouts[name]).view(-1), *extras, out)
+        wanted = problem.dense()
+        if exact:
+            assert torch.equal(out.double(), wanted), name
+        else:  # float32 arithmetic on exact operands, and one rounding
+            roundoff = reference.ROUNDOFF[cfg.A_dtype] * 1.01
+            assert torch.allclose(out.double(), wanted, rtol=roundoff, atol=1e-6), name
+    return {layout.name for layout in layouts.values()}
 
 
-def expected(problem):
-    """float64 weights."""
-    cfg = problem.config
-    q, s, z = problem.parts()
-    value = q * s - z if cfg.zeros_mode == "rescale" else (q - z) * s
-    return value.broadcast_to(q.shape)
+#: In rows of whole words codes of these cross words.
+CROSSING = ["uint3", "uint4", "int5", "uint6", "int7"]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
+@pytest.mark.parametrize(
+    ("n", "k", "layouts", "formats"),
+    [(16, 64, {"mma16"}, PACKED), (9, 37, {"packed"}, PACKED), (5, 160, {"packed"}, CROSSING)],
+    ids=["fragments", "bytes", "words"],
+)
+def test_every_format_is_decoded_exactly(n, k, layouts, formats, tmp_path):
+    configs = {f"decode_{fmt}": config(W_dtype=fmt, N=n, K=k, with_scaling=True) for fmt in formats}
+    assert check_all(configs, tmp_path, exact=True) == layouts
 
 
-@pytest.mark.parametrize("shape", [(32, 128), (19, 37)], ids=["fragments", "odd"])
-@pytest.mark.parametrize("fmt", PACKED)
-def test_every_format_is_decoded_exactly(fmt, shape, directory):
-    n, k = shape
-    cfg = config(W_dtype=fmt, N=n, K=k, with_scaling=True)
-    layout = cuda.cuda_layout(cfg.kernel, TARGET)
-    problem = reference.draw(cfg, 1, exact=True)
-    weight = packing.pack(problem.codes, layout)
-    out = torch.full(shape, float("nan"), dtype=torch.float16)
-    decoder(cfg, layout, directory)(weight.view(-1), problem.scale, out)
-    assert torch.equal(out.double(), expected(problem))
-    assert layout.name.startswith("mma" if shape == (32, 128) else "packed")
-
-
-@pytest.mark.parametrize(("mode", "dtype"), [*itertools.product(ZEROS, ["float16", "bfloat16"])])
-def test_scales_and_zeros_of_groups(mode, dtype, directory):
-    cfg = config(
-        N=48, A_dtype=dtype, out_dtype=dtype, with_scaling=True, with_zeros=True, zeros_mode=mode, group_size=32
-    )
-    layout = cuda.cuda_layout(cfg.kernel, TARGET)
-    problem = reference.draw(cfg, 1)
-    out = torch.full((48, 128), float("nan"), dtype=getattr(torch, dtype))
-    zeros = problem.zeros.view(-1) if mode == "quantized" else problem.zeros
-    decoder(cfg, layout, directory)(packing.pack(problem.codes, layout).view(-1), problem.scale, zeros, out)
-    wanted = expected(problem)
-    # float32 arithmetic on exact operands, and one rounding
-    assert torch.allclose(out.double(), wanted, rtol=reference.ROUNDOFF[dtype] * 1.01, atol=1e-6)
+def test_scales_and_zeros_of_groups(tmp_path):
+    zeros = {"with_scaling": True, "with_zeros": True, "group_size": 32}
+    configs = {
+        f"{mode}_{dtype}": config(N=48, A_dtype=dtype, out_dtype=dtype, zeros_mode=mode, **zeros)
+        for mode in ("original", "rescale", "quantized")
+        for dtype in ("float16", "bfloat16")
+    }
+    assert check_all(configs, tmp_path, exact=False) == {"mma16"}
 
 
 def test_which_operators_it_takes():
-    def rules(**changes):
-        return {kernel.rule for kernel in plan_matmul(config(**changes), TARGET).kernels}
+    def rules(target=TARGET, **changes):
+        return {kernel.rule for kernel in plan_matmul(config(**changes), target).kernels}
 
     assert rules() == {"cuda_dense"}
-    assert rules(M=512) != {"cuda_dense"}
+    assert "cuda_dense" not in rules(M=512)
     assert "cuda_dense" not in rules(out_dtype="float32")
-    assert "cuda_dense" in {
-        kernel.rule for kernel in plan_matmul(config(M=512), resolve_target("cuda -arch=sm_90")).kernels
-    }
+    assert "cuda_dense" not in rules(dynamic_quantization="row")
+    assert rules(resolve_target("cuda -arch=sm_90"), M=512) == {"cuda_dense"}
     assert rules(M=1, W_dtype="float16") == {"cuda_dense"}
     assert is_dense(config(W_dtype="float16"))
     assert not is_dense(config(W_dtype="float16", with_scaling=True))

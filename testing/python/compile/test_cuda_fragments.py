@@ -1,8 +1,6 @@
-"""Kernels for tensor cores: what they compute, in the emulator; and what nvcc makes of them, for the cards there are."""
+"""What kernels for tensor cores compute: their text, run thread by thread in the emulator."""
 
 import itertools
-import re
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -10,7 +8,6 @@ import torch
 
 import reference
 from bitblas import Matmul, MatmulConfig
-from bitblas.cuda.nvcc import find_nvcc
 from bitblas.formats import FORMATS
 from bitblas.plan import native_layout, plan_matmul
 from bitblas.schedule import RULES, Problem
@@ -22,7 +19,7 @@ A_DTYPES = ("float16", "bfloat16", "int8", "float8_e4m3", "float8_e5m2")
 #: N, K and group: whole tiles; a tail of a tile, groups within a block; one group; K of an odd number of blocks.
 SHAPES = ((128, 256, 128), (48, 256, 32), (32, 512, -1), (80, 192, 64))
 RULE_NAMES = ("cuda_mma_gemv", "cuda_mma")
-needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="there is no nvcc")
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def config(**fields):
@@ -66,170 +63,110 @@ def check(op, rows):
             (reference.assert_exact if exact else reference.assert_close)(op(part.A, W, **part.extras), part)
 
 
-@pytest.mark.usefixtures("emulated")
-class TestSemantics:
-    """What kernels compute: their text, run thread by thread on this CPU."""
-
-    @pytest.mark.parametrize("fields", covering())
-    def test_formats(self, fields):
-        op = Matmul(config(M=(1, 32), **fields), target="cuda -arch=sm_80")
-        if declines_fragments(op.plan.config, op.target):
-            assert not op.layout.is_fragments
-            pytest.skip("is not for tensor cores")
-        assert [kernel.rule for kernel in op.plan.kernels] == list(RULE_NAMES)
-        check(op, (1, 7, 8, 19, 33))
-
-    @pytest.mark.parametrize("w_dtype", ["int1", "int2", "uint4", "int8", "uint8"])
-    def test_integers_are_exact(self, w_dtype):
-        fields = {"A_dtype": "int8", "W_dtype": w_dtype, "out_dtype": "int32", "accum_dtype": "int32"}
-        op = Matmul(config(M=(1, 16), N=64, K=512, with_bias=True, **fields), target="cuda -arch=sm_80")
-        check(op, (2, 17))
-
-    @pytest.mark.parametrize("out_dtype", ["float16", "bfloat16", "int8"])
-    def test_outputs(self, out_dtype):
-        fields = {"accum_dtype": "int32"} if out_dtype == "int8" else {"with_scaling": True, "group_size": 64}
-        a_dtype = {"int8": "int8"}.get(out_dtype, out_dtype)
-        op = Matmul(
-            config(M=(1, 16), N=32, K=256, A_dtype=a_dtype, W_dtype="int4", out_dtype=out_dtype, **fields),
-            target="cuda -arch=sm_90",
-        )
-        check(op, (3, 16))
-
-    @pytest.mark.parametrize("zeros", [3.0, 3.25, -40.0, 1000.0, float("inf"), float("nan")])
-    def test_zero_points_that_are_whole_and_others(self, zeros):
-        fields = {"with_scaling": True, "with_zeros": True, "group_size": 128, "accum_dtype": "float32"}
-        op = Matmul(
-            config(M=(1, 32), N=32, K=256, A_dtype="float16", W_dtype="uint4", **fields), target="cuda -arch=sm_80"
-        )
-        problem = reference.draw(op.config, 17)
-        given = problem.zeros.clone()
-        given[3, 1] = given[17, 0] = zeros
-        problem = replace(problem, zeros=given, zero_values=given.to(torch.float64))
-        W = op.transform_weight(problem.weights)
-        for m in (1, 17):
-            part = replace(problem, A=problem.A[:m])
-            out = op(part.A, W, **part.extras)
-            touched = torch.zeros(32, dtype=torch.bool)
-            touched[[3, 17]] = True
-            expected, allowed = part.output(), reference.bound(part)
-            assert bool(((out - expected).abs() <= allowed)[:, ~touched].all())
-            if zeros == zeros and abs(zeros) != float("inf"):
-                assert bool(((out - expected).abs() <= allowed).all())
-            else:
-                assert not bool(out[:, touched].isfinite().any())
-
-    def test_special_values_of_activations(self):
-        op = Matmul(config(M=(1, 32), N=16, K=128, A_dtype="float16", W_dtype="float8_e5m2"), target="cuda -arch=sm_80")
-        codes = torch.zeros(16, 128, dtype=torch.uint8)
-        codes[0, 5], codes[1, 6], codes[2, 7] = 0x7C, 0x7F, 0xFC  # infinity, a NaN, minus infinity
-        A = torch.ones(9, 128, dtype=torch.float16)
-        A[4, 100] = float("nan")
-        W = op.transform_weight(codes)
-        for m in (3, 9):
-            out = op(A[:m], W)
-            assert out[0, 0] == float("inf")
-            assert out[0, 1].isnan()
-            assert out[0, 2] == float("-inf")
-            assert bool((out[:4, 3:] == 0).all())
-            assert m == 3 or bool(out[4].isnan().all())
-
-    def test_oldest_cards(self):
-        """Without asynchronous copies, and by smaller products."""
-        fields = {"with_scaling": True, "with_zeros": True, "group_size": 64}
-        op = Matmul(
-            config(M=(1, 32), N=64, K=256, A_dtype="float16", W_dtype="uint4", **fields), target="cuda -arch=sm_75"
-        )
-        check(op, (1, 20))
-        fields = {"A_dtype": "int8", "W_dtype": "int4", "out_dtype": "int32", "accum_dtype": "int32"}
-        check(Matmul(config(M=(1, 32), N=64, K=256, **fields), target="cuda -arch=sm_75"), (1, 20))
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("m", [1, 16, 64])
-    @pytest.mark.parametrize("w_dtype", ["uint4", "uint2"])
-    def test_every_tiling(self, m, w_dtype):
-        """A long K and few columns, so that parts of K are among them."""
-        fields = {"A_dtype": "float16", "W_dtype": w_dtype, "with_scaling": True, "group_size": 128}
-        cfg, target = config(M=(m,), N=80, K=2048, **fields), resolve_target("cuda -arch=sm_86")
-        layout = native_layout(cfg, target)
-        rule = next(rule for rule in RULES if rule.name == RULE_NAMES[m > 8])
-        tilings = rule.tilings(Problem(cfg, layout, target, m))
-        assert len(set(tilings)) == len(tilings)
-        assert any(tiling.split_k > 1 for tiling in tilings)
-        for tiling in tilings:
-            plan = plan_matmul(cfg, target, {m: tiling})
-            assert plan.kernels[0].tiling == tiling
-            check(Matmul.restore(cfg, plan), (max(1, m - 3), m + 1))
+@pytest.mark.parametrize("fields", covering())
+def test_formats(fields):
+    op = Matmul(config(M=(1, 32), **fields), target="cuda -arch=sm_80")
+    if declines_fragments(op.plan.config, op.target):
+        assert not op.layout.is_fragments
+        pytest.skip("is not for tensor cores")
+    assert [kernel.rule for kernel in op.plan.kernels] == list(RULE_NAMES)
+    check(op, (1, 7, 8, 19, 33))
 
 
-def built(target, **fields):
-    """An operator for 1, 16, 64 and 128 rows, built by nvcc, and what its kernels take of a card."""
-    given = {"M": (1, 16, 64, 128), "N": 4096, "K": 4096, "A_dtype": "float16", "W_dtype": "uint4", **fields}
-    op = Matmul(config(**given), target=target)
-    return op, op.artifact.manifest["resources"]
+@pytest.mark.parametrize("w_dtype", ["int1", "int2", "uint4", "int8", "uint8"])
+def test_integers_are_exact(w_dtype):
+    fields = {"A_dtype": "int8", "W_dtype": w_dtype, "out_dtype": "int32", "accum_dtype": "int32"}
+    op = Matmul(config(M=(1, 16), N=64, K=512, with_bias=True, **fields), target="cuda -arch=sm_80")
+    check(op, (2, 17))
 
 
-def of_cards():
-    """Every format on every card, in turn in the short run."""
-    archs = ("sm_75", "sm_80", "sm_89", "sm_90")
-    for i, (name, arch) in enumerate(itertools.product(FORMAT_NAMES, archs)):
-        short = name in ("uint4", "int2", "uint3", "nf4", "float8_e4m3", "int8") and i % 5 == 0
-        yield pytest.param(
-            name, arch, id=f"{name}-{arch}", marks=() if short else (pytest.mark.slow, pytest.mark.exhaustive)
-        )
-
-
-@needs_nvcc
-class TestCompiled:
-    """What nvcc makes of kernels."""
-
-    @pytest.mark.parametrize(("name", "arch"), of_cards())
-    def test_nothing_spills(self, name, arch):
-        a_dtype = (
-            "int8"
-            if name in ("int2", "int8", "uint1")
-            else "bfloat16"
-            if name == "uint3" and arch != "sm_75"
-            else "float16"
-        )
-        fields = {"A_dtype": a_dtype, "with_scaling": True, "group_size": 128, "W_dtype": name}
-        if FORMATS[name].is_integer:
-            fields.update(with_zeros=True)
-        op, resources = built(f"cuda -arch={arch}", **fields)
-        assert len(resources) == len(op.plan.kernels) >= 3
-        for kernel in op.plan.kernels:
-            took = resources[f"{kernel.name}_kernel"]
-            assert (took["spill_stores"], took["spill_loads"], took["stack"]) == (0, 0, 0), kernel
-            threads = kernel.tiling.num_threads
-            assert took["registers"] * threads * kernel.tiling.blocks_at_once <= 65536
-            assert kernel.tiling.shared_bytes(op.plan.config) <= op.target.card.shared_bytes
-
-    @pytest.mark.parametrize(
-        ("arch", "fields", "promised"),
-        [
-            ("sm_80", {}, ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "fma.rn.f16x2")),
-            (
-                "sm_90",
-                {"A_dtype": "bfloat16"},
-                ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "fma.rn.bf16x2"),
-            ),
-            ("sm_80", {"A_dtype": "int8", "W_dtype": "int4"}, ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",)),
-            ("sm_75", {}, ("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32",)),
-        ],
+@pytest.mark.parametrize("out_dtype", ["float16", "bfloat16", "int8"])
+def test_outputs(out_dtype):
+    fields = {"accum_dtype": "int32"} if out_dtype == "int8" else {"with_scaling": True, "group_size": 64}
+    a_dtype = {"int8": "int8"}.get(out_dtype, out_dtype)
+    op = Matmul(
+        config(M=(1, 16), N=32, K=256, A_dtype=a_dtype, W_dtype="int4", out_dtype=out_dtype, **fields),
+        target="cuda -arch=sm_90",
     )
-    def test_promised_instructions(self, arch, fields, promised, tmp_path):
-        op, _ = built(f"cuda -arch={arch}", with_scaling=True, group_size=128, **fields)
-        number = arch.removeprefix("sm_")
-        command = [find_nvcc(), "-ptx", "-std=c++17", f"-arch=compute_{number}", "-o", str(tmp_path / "k.ptx")]
-        source = tmp_path / "k.cu"
-        text = op.get_source()
-        source.write_text(text[: text.index("#include <tvm/ffi/c_api.h>")])
-        done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        kernels = (tmp_path / "k.ptx").read_text().split(".entry ")[1:]
-        assert len(kernels) == len(op.plan.kernels)
-        for kernel in kernels:
-            staged = "cp.async.cg.shared.global" in kernel
-            assert staged == (arch != "sm_75" and not kernel.startswith("matmul_0"))
-            for instruction in (*promised, "lop3.b32", "ld.global.nc.L1::no_allocate.v4.u32"):
-                assert instruction in kernel, instruction
-            assert not re.search(r"\bld\.local|\bst\.local", kernel)
+    check(op, (3, 16))
+
+
+@pytest.mark.parametrize("a_dtype", ["float8_e4m3", "float8_e5m2"])
+@pytest.mark.parametrize("w_dtype", ["float8_e4m3", "float8_e5m2"])
+def test_float8_is_multiplied_as_it_is_where_16_bits_are_enough(a_dtype, w_dtype):
+    fields = {
+        "A_dtype": a_dtype,
+        "W_dtype": w_dtype,
+        "accum_dtype": "float16",
+        "with_scaling": True,
+        "group_size": 64,
+    }
+    for arch, name in (("sm_89", "mma8"), ("sm_80", "mma16")):
+        op = Matmul(config(M=(1, 16), N=48, K=256, **fields), target=f"cuda -arch={arch}")
+        assert op.layout.name == name
+        check(op, (3, 17))
+
+
+@pytest.mark.parametrize("zeros", [3.0, 3.25, -40.0, 1000.0, float("inf"), float("nan")])
+def test_zero_points_that_are_whole_and_others(zeros):
+    fields = {"with_scaling": True, "with_zeros": True, "group_size": 128, "accum_dtype": "float32"}
+    op = Matmul(config(M=(1, 32), N=32, K=256, A_dtype="float16", W_dtype="uint4", **fields), target="cuda -arch=sm_80")
+    problem = reference.draw(op.config, 17)
+    given = problem.zeros.clone()
+    given[3, 1] = given[17, 0] = zeros
+    problem = replace(problem, zeros=given, zero_values=given.to(torch.float64))
+    W = op.transform_weight(problem.weights)
+    for m in (1, 17):
+        part = replace(problem, A=problem.A[:m])
+        out = op(part.A, W, **part.extras)
+        touched = torch.zeros(32, dtype=torch.bool)
+        touched[[3, 17]] = True
+        expected, allowed = part.output(), reference.bound(part)
+        assert bool(((out - expected).abs() <= allowed)[:, ~touched].all())
+        if zeros == zeros and abs(zeros) != float("inf"):
+            assert bool(((out - expected).abs() <= allowed).all())
+        else:
+            assert not bool(out[:, touched].isfinite().any())
+
+
+def test_special_values_of_activations():
+    op = Matmul(config(M=(1, 32), N=16, K=128, A_dtype="float16", W_dtype="float8_e5m2"), target="cuda -arch=sm_80")
+    codes = torch.zeros(16, 128, dtype=torch.uint8)
+    codes[0, 5], codes[1, 6], codes[2, 7] = 0x7C, 0x7F, 0xFC  # infinity, a NaN, minus infinity
+    A = torch.ones(9, 128, dtype=torch.float16)
+    A[4, 100] = float("nan")
+    W = op.transform_weight(codes)
+    for m in (3, 9):
+        out = op(A[:m], W)
+        assert out[0, 0] == float("inf")
+        assert out[0, 1].isnan()
+        assert out[0, 2] == float("-inf")
+        assert bool((out[:4, 3:] == 0).all())
+        assert m == 3 or bool(out[4].isnan().all())
+
+
+def test_oldest_cards():
+    """Without asynchronous copies, and by smaller products."""
+    fields = {"with_scaling": True, "with_zeros": True, "group_size": 64}
+    op = Matmul(config(M=(1, 32), N=64, K=256, A_dtype="float16", W_dtype="uint4", **fields), target="cuda -arch=sm_75")
+    check(op, (1, 20))
+    fields = {"A_dtype": "int8", "W_dtype": "int4", "out_dtype": "int32", "accum_dtype": "int32"}
+    check(Matmul(config(M=(1, 32), N=64, K=256, **fields), target="cuda -arch=sm_75"), (1, 20))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("w_dtype", ["uint4", "uint2"])
+def test_every_tiling(m, w_dtype):
+    """A long K and few columns, so that parts of K are among them."""
+    fields = {"A_dtype": "float16", "W_dtype": w_dtype, "with_scaling": True, "group_size": 128}
+    cfg, target = config(M=(m,), N=80, K=2048, **fields), resolve_target("cuda -arch=sm_86")
+    layout = native_layout(cfg, target)
+    rule = next(rule for rule in RULES if rule.name == RULE_NAMES[m > 8])
+    tilings = rule.tilings(Problem(cfg, layout, target, m))
+    assert len(set(tilings)) == len(tilings)
+    assert any(tiling.split_k > 1 for tiling in tilings)
+    for tiling in tilings:
+        plan = plan_matmul(cfg, target, {m: tiling})
+        assert plan.kernels[0].tiling == tiling
+        check(Matmul.restore(cfg, plan), (max(1, m - 3), m + 1))

@@ -473,16 +473,32 @@ def test_ldmatrix(program, count, transposed):
     matrices = given.transpose(1, 2) if transposed else given
     expected = matrices.reshape(4, 32, 2)[:count].permute(1, 0, 2).reshape(32, 2 * count)
     assert torch.equal(out.view(torch.int16), expected)
-    assert (statistics.matrix_reads, statistics.matrix_conflicts) == (
-        count,
-        3 * count,
-    )  # rows 64 bytes apart: 4 in one bank
+    assert statistics.shared_passes == 4 + count
 
 
-def test_bank_conflicts_end_with_padding(program):
-    function = program("const short* given, unsigned* out", _ldmatrix(4, False, stride=80), shared="4096")
-    given, out = torch.randint(-30000, 30000, (4, 8, 8)).to(torch.int16), torch.zeros(32, 4, dtype=torch.int32)
-    assert emulator.run(function, given, out).matrix_conflicts == 0
+def test_bank_conflicts(program):
+    """Rows of 64 bytes: 4 of 8 in one bank; of 80: none."""
+    for stride, conflicts in ((64, 3), (80, 0), (128, 7), (16, 0)):
+        function = program("const short* given, unsigned* out", _ldmatrix(4, False, stride), shared="4096")
+        given, out = torch.zeros(4, 8, 8, dtype=torch.int16), torch.zeros(32, 4, dtype=torch.int32)
+        statistics = emulator.run(function, given, out, seeds=(3,))
+        assert (statistics.shared_passes, statistics.shared_conflicts) == (8, 8 * conflicts)
+        assert emulator.bank_conflicts() == {9: (4, 4 * conflicts), 12: (4, 4 * conflicts)}
+
+
+def test_bank_conflicts_of_words(program):
+    body = """
+  __shared__ int words[32 * 33];
+  __shared__ unsigned char bytes[128];
+  const int t = threadIdx.x;
+  words[t] = 0;
+  words[32 * t + 32] = 1;
+  __syncwarp();
+  int x = words[33 * t] + words[5];
+  bytes[t % 4 * 32 + t / 4] = x;
+  out[t] = t;"""
+    emulator.run(program("int* out", body), torch.zeros(32, dtype=torch.int32))
+    assert emulator.bank_conflicts() == {10: (1, 0), 11: (1, 31), 13: (2, 0), 14: (1, 0)}
 
 
 def test_stmatrix_and_movmatrix(program):
@@ -606,14 +622,15 @@ def test_a_kernel_with_barriers_is_right(program):
     assert (statistics.launches, statistics.blocks, statistics.threads, statistics.barriers) == (1, 1, 64, 4)
 
 
+_RACE = "shared memory race: byte .* (read by .* in line 12 .* written by .* in line 10 |written by .* in line 10 .* read by)"
 _FAULTS = {
     "no barrier after a write": (
         _REVERSE.replace("__syncthreads();", "", 1),
-        "shared memory race: .*(read by .* written by|written by .* read by)",
+        _RACE,
     ),
     "no barrier after a read": (
         _REVERSE.replace("63 - t];\n    __syncthreads();", "63 - t];"),
-        "shared memory race: .*(read by .* written by|written by .* read by)",
+        _RACE,
     ),
     "a barrier of a warp only": (_REVERSE.replace("__syncthreads", "__syncwarp"), "shared memory race"),
     "a barrier for half of a warp": (
@@ -644,14 +661,17 @@ _FAULTS = {
     ),
     "a write beyond static shared memory by a pointer": (
         "__shared__ float tile[64]; float* p = tile; p[threadIdx.x + (int)(in[0] * 0) + 1] = 0;",
-        "write of 4 bytes out of bounds at byte 256 of a static",
+        "4 bytes written in line 6 out of bounds at byte 256 of a static",
     ),
     "a write beyond dynamic shared memory": (
         "extern __shared__ float tile[]; tile[threadIdx.x + 65] = 0;",
-        "write of 4 bytes out of bounds at byte 512 of dynamic",
+        "4 bytes written in line 6 out of bounds at byte 512 of dynamic",
     ),
-    "a read beyond a tensor": ("out[threadIdx.x] = in[threadIdx.x + 1];", r"read .*argument 0 \(64,\)"),
-    "a write before a tensor": ("out[(int)threadIdx.x - 1] = in[threadIdx.x];", "write .* offset -4 of argument 1"),
+    "a read beyond a tensor": (
+        "out[threadIdx.x] = in[threadIdx.x + 1];",
+        r"4 bytes read in line 6 out of bounds, at offset 256 of argument 0 \(64,\)",
+    ),
+    "a write before a tensor": ("out[(int)threadIdx.x - 1] = in[threadIdx.x];", "written .* offset -4 of argument 1"),
     "a divergent shuffle": (
         "float x = in[threadIdx.x]; if (threadIdx.x & 1)\n x += __shfl_xor_sync(0xffffffffu, x, 1);\n out[threadIdx.x] = x;",
         "waits for lane|has exited",
@@ -664,6 +684,18 @@ _FAULTS = {
     "a shuffle without its own lane": (
         "out[threadIdx.x] = __shfl_sync(1, in[threadIdx.x], 0);",
         "which its mask .* not name",
+    ),
+    "vectors in one place": (
+        "__shared__ uint4 tile[64]; tile[threadIdx.x & 62] = make_uint4(1, 2, 3, threadIdx.x);",
+        "race: byte .* written by .* in line 6 .* written by .* in line 6",
+    ),
+    "structs in one place": (
+        "struct Big { int x[64]; }; __shared__ Big tile[2]; Big own; own.x[0] = 1; tile[threadIdx.x / 32] = own;",
+        "race: byte .* written by .* in line 6 .* written by .* in line 6",
+    ),
+    "atomics and a plain write": (
+        "__shared__ int n; n = 0; __syncthreads(); if (threadIdx.x == 40) n = 3; else atomicAdd(&n, 1);",
+        "race: byte .* written by .* written by",
     ),
     "a misaligned vector": ("((float4*)out)[0] = *(const float4*)(in + 1);", "line 6: .* misaligned"),
     "a misaligned asm vector": (

@@ -27,7 +27,7 @@ CUDA_TILINGS: tuple[type[Tiling], ...] = (DenseTiling, FragmentTiling, ThreadTil
 def cuda_layout(config: MatmulConfig, target: Target) -> PackedLayout:
     """The layout of the weights that the kernels of `config` on a card read, all buckets alike."""
     if declines_fragments(config, target) is None:
-        return fragment_layout(config)
+        return fragment_layout(config, target)
     return PackedLayout(config.N, config.K, config.format.bits, "packed")
 
 

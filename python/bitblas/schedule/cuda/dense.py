@@ -91,8 +91,9 @@ class DenseRule(ScheduleRule[DenseTiling]):
         schedule.bind(block, "blockIdx.x")
         schedule.bind(thread, "threadIdx.x")
         schedule.compute_at(value, thread)
-        schedule.unroll(schedule.get_loops(value)[-1])
-        schedule.vectorize(inner)
+        if tiling.block_k > 1:
+            schedule.unroll(schedule.get_loops(value)[-1])
+            schedule.vectorize(inner)
         return schedule.mod["main"].with_attr({"global_symbol": name})
 
 

@@ -24,11 +24,15 @@ _AHEAD_BYTES = 64
 _MOST_K = 256
 #: Warps of a block that share out K.
 _WARPS_K = (8, 4, 16)
+#: … and where there are fewer tiles than multiprocessors.
+_WARPS_K_FEW = (16, 8, 4)
 #: Sums of a thread that fit into its registers, beside those that wait for their group's end.
 _MOST_TILES = 16
-#: Steps over k that one block of a split takes at least.
-_LEAST_STEPS = 4
+#: Steps over k that a warp of a split takes at least: more where activations are staged, which takes a while to begin.
+_LEAST_STEPS, _LEAST_STAGED_STEPS = 2, 4
 _MOST_PARTS = 8
+#: Rows up to which multiprocessors wait for weights, so that two blocks at once keep more of them on their way.
+_WAITS_ROWS = 64
 #: Rows of a launch of a kernel whose sums meet in memory.
 _SPLIT_SLAB = 256
 _STAGES = 4
@@ -67,9 +71,15 @@ def declines_fragments(config: MatmulConfig, target: Target) -> str | None:
     return None
 
 
-def fragment_layout(config: MatmulConfig) -> PackedLayout:
+def multiplies_float8(config: MatmulConfig, target: Target) -> bool:
+    """Whether float8 is multiplied as it is, whose sums cards keep in fewer bits than float32 has: where 16 are enough."""
+    both = config.format.kind == "float8" and config.A_dtype.startswith("float8")
+    return both and target.capability >= 89 and config.accum_dtype in ("float16", "bfloat16")
+
+
+def fragment_layout(config: MatmulConfig, target: Target) -> PackedLayout:
     """The layout that the rules for tensor cores read."""
-    name = "mma8" if config.integer_products else "mma16"
+    name = "mma8" if config.integer_products or multiplies_float8(config, target) else "mma16"
     return PackedLayout(config.N, config.K, config.format.bits, name)
 
 
@@ -125,7 +135,8 @@ class FragmentGemvRule(FragmentRule):
         found = []
         for n_tiles in (1, 2):
             for step in dict.fromkeys((divisor_steps(config, wanted_k), divisor_steps(config, max(64, wanted_k // 2)))):
-                for warps in _WARPS_K:
+                few = config.N // (FRAGMENT_N * n_tiles) <= _card(problem).num_sms
+                for warps in _WARPS_K_FEW if few else _WARPS_K:
                     tiling = FragmentTiling(FRAGMENT_M, FRAGMENT_N * n_tiles, step, warps_k=warps)
                     if warps * step <= config.K or warps == min(_WARPS_K):
                         found.append(tiling)
@@ -152,7 +163,9 @@ def _with_parts(problem: Problem, tilings: list[FragmentTiling]) -> list[Fragmen
     for tiling in tilings:
         tiles = -(-problem.m // tiling.block_m) * -(-config.N // tiling.block_n)
         steps = config.K // tiling.block_k
-        parts = min(card.num_sms // tiles, steps // (_LEAST_STEPS * tiling.warps_k), _MOST_PARTS)
+        least = (_LEAST_STAGED_STEPS if tiling.stages else _LEAST_STEPS) * tiling.warps_k
+        wanted = card.num_sms * (2 if problem.m <= _WAITS_ROWS else 1) // tiles
+        parts = min(wanted, steps // least, _MOST_PARTS)
         if parts > 1:
             found.append(replace(tiling, split_k=parts, slab_m=max(_SPLIT_SLAB, problem.m)))
         found.append(tiling)

@@ -51,12 +51,12 @@ class Decoder:
     layout : PackedLayout
         "mma16" or "mma8".
     products : str
-        What tensor cores multiply: ``"f16"``, ``"bf16"``, ``"s8"`` or ``"u8"``.
+        What tensor cores multiply: see `bitblas.schedule.cuda.fragments_program.products_of`.
     """
 
     def __init__(self, fmt: DataFormat, layout: PackedLayout, products: str) -> None:
         self.fmt, self.layout, self.products = fmt, layout, products
-        self.is_bytes = products in ("s8", "u8")
+        self.is_bytes = layout.name == "mma8"
         self.lane_bits = 8 if self.is_bytes else 16
 
     @property
@@ -88,6 +88,8 @@ class Decoder:
         """
         if self.fmt.is_integer:
             return self._bytes(words, register, zero) if self.is_bytes else self._integers(words, register, zero)
+        if self.is_bytes:
+            return words[0](register)
         (plane,) = self.layout.planes
         index, bit = self.place(plane, register)
         pair = shifted(words[0](index), bit)

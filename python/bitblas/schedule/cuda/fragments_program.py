@@ -7,7 +7,7 @@ scales it meets the sums, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,23 +17,27 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import MatmulConfig
-from ...expr.storage import finish
+from ...expr.storage import finish, placed_dtype, widen
 from ...expr.streams import join_bytes
 from ...formats import FORMATS
 from ...layout import FRAGMENT_K, FRAGMENT_N, WARP, PackedLayout, Plane
 from .fragments_decode import Decoder, Zero, table_words, u32
 from .tiles import FRAGMENT_M, SUM_PADDING, FragmentTiling, element_bytes
 
-#: Registers of the activations of 32 k, when they are multiplied, by what tensor cores multiply.
-_RIGHT_REGISTERS = {"f16": 4, "bf16": 4, "s8": 2, "u8": 2}
 #: Bits of 1 in each half or byte.
 _ONES = {"f16": 0x3C003C00, "bf16": 0x3F803F80, "s8": 0x01010101, "u8": 0x01010101}
 
 
-def products_of(config: MatmulConfig) -> str:
-    """What tensor cores multiply: ``"f16"``, ``"bf16"``, ``"s8"`` or ``"u8"`` (the weights; the activations are signed)."""
+def products_of(config: MatmulConfig, layout: PackedLayout) -> str:
+    """What tensor cores multiply.
+
+    ``"f16"`` or ``"bf16"``; ``"s8"`` or ``"u8"``, the weights, with signed activations; or two kinds of float8, the weights'
+    first, as in ``"e4m3_e5m2"``.
+    """
     if config.integer_products:
         return "u8" if config.W_dtype == "uint8" else "s8"
+    if layout.name == "mma8":
+        return f"{config.W_dtype}_{config.A_dtype}".replace("float8_", "")
     return "bf16" if config.A_dtype == "bfloat16" else "f16"
 
 
@@ -103,9 +107,9 @@ class FragmentProgram:
 
     def __init__(self, config: MatmulConfig, layout: PackedLayout, tiling: FragmentTiling) -> None:
         self.config, self.layout, self.tiling = config, layout, tiling
-        self.products = products_of(config)
+        self.products = products_of(config, layout)
         self.decoder = Decoder(config.format, layout, self.products)
-        self.sum_dtype = "int32" if self.decoder.is_bytes else "float32"
+        self.sum_dtype = "int32" if config.integer_products else "float32"
         self.total_dtype = "int32" if config.integer_accumulation else "float32"
         self.blocks_per_step = tiling.block_k // FRAGMENT_K
         self.num_steps = config.K // tiling.block_k
@@ -155,7 +159,7 @@ class FragmentProgram:
         self.m = tirx.Var("m", "int32")
 
         def argument(name: str, shape: Sequence[Any], dtype: str) -> tirx.Buffer:
-            return _named(name, B.match_buffer(B.arg(f"{name}_handle", B.handle()), shape, dtype))
+            return _named(name, B.match_buffer(B.arg(f"{name}_handle", B.handle()), shape, placed_dtype(dtype, True)))
 
         self.A = argument("A", (self.m, cfg.K), cfg.activation_dtype)
         self.W = argument("W", (self.layout.num_bytes,), "int8")
@@ -211,13 +215,14 @@ class FragmentProgram:
         tiles = tiling.n_tiles * tiling.m_tiles
         step_words = tiling.n_tiles * self.blocks_per_step * self.layout.bits
         self.words = _Registers("words", step_words, "uint32")
-        self.next_words = _Registers("next_words", step_words, "uint32")
+        if not tiling.stages:
+            self.next_words = _Registers("next_words", step_words, "uint32")
         self.weights = _Registers("weights", 4, "uint32")
         per_row = 2 * self.num_folds * tiling.n_tiles
         if self.scales_groups:
-            self.scales, self.next_scales = self._now_and_next("scales", per_row, self.config.scale_dtype)
+            self.scales, self.next_scales = self._now_and_next("scales", per_row, self.S.dtype)
         if self.float_zeros:
-            self.zeros, self.next_zeros = self._now_and_next("zeros", per_row, self.config.scale_dtype)
+            self.zeros, self.next_zeros = self._now_and_next("zeros", per_row, self.Z.dtype)
         if self.config.zeros_packed:
             self.zero_bytes = 2 if 8 % self.config.format.bits else 1
             self.zeros, self.next_zeros = self._now_and_next("zeros", per_row * self.zero_bytes, "int8")
@@ -271,11 +276,17 @@ class FragmentProgram:
             with _when(ahead < count):
                 self._copy(step + (tiling.stages - 1) * self.workers, ahead % tiling.stages)
             _run("commit_copies")
+            for place, words, _ in self._vectors(step):
+                _run(
+                    f"load_shared_{4 * words}",
+                    self.words.at(place),
+                    self._staged_words(place, words, turn % tiling.stages),
+                )
         for block in range(self.blocks_per_step):
             self._multiply(block, turn)
 
     def _pairs(self) -> list[tuple[_Registers, _Registers]]:
-        pairs = [(self.words, self.next_words)]
+        pairs = [] if self.tiling.stages else [(self.words, self.next_words)]
         if self.scales_groups and self.per_group:
             pairs.append((self.scales, self.next_scales))
         if self.config.with_zeros and self.per_group:
@@ -286,8 +297,9 @@ class FragmentProgram:
 
     def _load(self, step: Expr) -> None:
         """Ask for the weights of a step, and for what scales them."""
-        for n_tile in range(self.tiling.n_tiles):
-            self._load_words(step, n_tile)
+        if not self.tiling.stages:
+            for place, words, address in self._vectors(step):
+                _run(f"stream_{4 * words}", self.next_words.at(place), B.address_of(self.W[address]))
         if self.per_group:
             self._load_groups(step)
 
@@ -307,23 +319,31 @@ class FragmentProgram:
     def _column(self, n_tile: int, half: int) -> Expr:
         return self._block_n(n_tile) * FRAGMENT_N + 8 * half + self.row
 
-    def _load_words(self, step: Expr, n_tile: int) -> None:
-        """A thread's words of the next step: of a whole span of blocks at once, or of so many as the step has."""
-        base = n_tile * self.blocks_per_step * self.layout.bits
-        blocks_of_row = self._block_n(n_tile) * (self.config.K // FRAGMENT_K)
-        for plane in self.layout.planes:
-            span, width = self.layout.span(plane), plane.width
-            at_once = min(span, self.blocks_per_step)
-            for block in range(0, self.blocks_per_step, at_once):
-                number = blocks_of_row + step * self.blocks_per_step + block
-                for piece in range(max(1, width // 4)):
-                    vector = number // span * max(1, width // 4) + piece
-                    words = min(4, width * at_once)
-                    address = plane.offset + (vector * WARP + self.lane) * (4 * min(4, width * span))
-                    address += number % span * (4 * width) if at_once < span else 0
-                    to = self.next_words.at(base + block * width + 4 * piece)
-                    _run(f"stream_{4 * words}", to, B.address_of(self.W[address]))
-            base += self.blocks_per_step * width
+    def _vectors(self, step: Expr) -> Iterator[tuple[int, int, Expr]]:
+        """What a thread loads for a step: its place in the thread's words, how many they are, and the address in W.
+
+        A whole span of blocks at once, or as many as the step has.
+        """
+        for n_tile in range(self.tiling.n_tiles):
+            base = n_tile * self.blocks_per_step * self.layout.bits
+            blocks_of_row = self._block_n(n_tile) * (self.config.K // FRAGMENT_K)
+            for plane in self.layout.planes:
+                span, width = self.layout.span(plane), plane.width
+                at_once = min(span, self.blocks_per_step)
+                for block in range(0, self.blocks_per_step, at_once):
+                    number = blocks_of_row + step * self.blocks_per_step + block
+                    for piece in range(max(1, width // 4)):
+                        vector = number // span * max(1, width // 4) + piece
+                        address = plane.offset + (vector * WARP + self.lane) * (4 * min(4, width * span))
+                        address += number % span * (4 * width) if at_once < span else 0
+                        yield base + block * width + 4 * piece, min(4, width * at_once), address
+                base += self.blocks_per_step * width
+
+    def _staged_words(self, place: int, words: int, stage: Expr | int) -> Expr:
+        """Where a thread's words of a stage lie in shared memory: side by side for the threads of a warp."""
+        first = self.tiling.activation_bytes(self.config) + place * (4 * WARP * self.tiling.warps_n)
+        offset = stage * self.tiling.stage_bytes(self.config) + first + (self.warp_n * WARP + self.lane) * (4 * words)
+        return B.address_of(self.shared[offset])
 
     def _word(self, plane: Plane, n_tile: int, block: int) -> Callable[[int], Expr]:
         """The words of a plane, of one block of 16 x 64."""
@@ -362,7 +382,9 @@ class FragmentProgram:
                     _run(f"load_{4 * self.raw}", self.activations.at(at), B.address_of(self.A[row, k]))
 
     def _copy(self, step: Expr, stage: Expr | int) -> None:
-        """Ask for the activations of a step, for all warps; rows beyond m are 0."""
+        """Ask for a stage: the weights, each thread its own, and the activations, for all warps; rows beyond m are 0."""
+        for place, words, address in self._vectors(step):
+            _run(f"copy_words_{4 * words}", self._staged_words(place, words, stage), B.address_of(self.W[address]))
         tiling, chunk = self.tiling, 16 // self.element_bytes
         per_row = tiling.block_k // chunk
         total = tiling.block_m * per_row
@@ -422,7 +444,7 @@ class FragmentProgram:
         offset = tirx.const(float(fmt.code_offset), "float32")
         found: Expr = tirx.const(False, "bool")
         for index in range(self.zeros.size):
-            zero = self.zeros[index].astype("float32") + offset
+            zero = widen(self.zeros[index]) + offset
             whole = tirx.max(tirx.min(tirx.nearbyint(zero), tirx.const(largest, "float32")), tirx.const(0.0, "float32"))
             self.offsets[index] = whole.astype("uint32")
             self.rests[index] = zero - self.offsets[index].astype("float32")
@@ -457,7 +479,7 @@ class FragmentProgram:
     def _mma(
         self, sums: _Registers, tile: int, weights: _Registers, m_tile: int, step: int, block: int, half_block: int
     ) -> None:
-        registers = _RIGHT_REGISTERS[self.products]
+        registers = 2 if self.decoder.is_bytes else 4  # of 32 k, as they are multiplied
         piece = m_tile if self.widen else self._held(m_tile, block, half_block)
         first = piece * registers + 2 * step
         _run(f"mma_{self.products}", sums.at(4 * tile), weights.at(0), self.right[first], self.right[first + 1])
@@ -493,12 +515,12 @@ class FragmentProgram:
                 for element in range(4):
                     index, at = tile * 4 + element, self._per_row(n_tile, fold, element // 2)
                     value = self.sums[index].astype("float32")
-                    scale = self.scales[at].astype("float32") if self.scales_groups else None
+                    scale = widen(self.scales[at]) if self.scales_groups else None
                     shift = None
                     if self.row_sums is not None:
                         row_sum = self.row_sums[m_tile * 4 + element].astype("float32")
                         zeros = self.rests if self.splits_zeros else self.zeros
-                        shift = row_sum * zeros[at].astype("float32")
+                        shift = row_sum * widen(zeros[at])
                     if shift is not None and cfg.zeros_mode != "rescale":
                         value = value - shift
                     value = value if scale is None else value * scale
@@ -589,7 +611,7 @@ class FragmentProgram:
         with _when(inside):
             scale = self.S[n, 0] if cfg.with_scaling and cfg.integer_accumulation else None
             bias = self.bias[n] if self.bias is not None else None
-            B.buffer_store(self.out, finish(cfg, value, scale, None, bias, threads=True), [m, n])
+            B.buffer_store(self.out, finish(cfg, value, scale, None, bias, threads=True, as_bits=True), [m, n])
 
 
 def _widening(config: MatmulConfig) -> str:

@@ -77,9 +77,13 @@ class FragmentTiling(Tiling):
         element = element_bytes(config)
         return self.block_k * element + (32 * element - self.block_k * element) % _BANKS_BYTES
 
-    def stage_bytes(self, config: MatmulConfig) -> int:
-        """Shared memory of one stage."""
+    def activation_bytes(self, config: MatmulConfig) -> int:
+        """Shared memory of the activations of one stage."""
         return self.block_m * self.row_bytes(config)
+
+    def stage_bytes(self, config: MatmulConfig) -> int:
+        """Shared memory of one stage: activations, and then the words of all threads."""
+        return self.activation_bytes(config) + self.block_n * self.block_k * config.format.bits // 8
 
     def shared_bytes(self, config: MatmulConfig) -> int:
         """Shared memory of a block: its stages, and later, in the same place, its sums."""

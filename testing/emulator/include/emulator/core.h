@@ -75,6 +75,7 @@ struct Launch {
 };
 // Runs a grid. Returns 0, or the number of a CUDA error that `last_error_text` describes.
 EMULATOR_API int run_grid(const Launch& launch);
+EMULATOR_API int refuse(const char* reason);
 EMULATOR_API const char* last_error_text();
 EMULATOR_API int set_dynamic_shared_limit(const void* kernel, long bytes, int arch);
 EMULATOR_API void set_arch(int arch);

@@ -63,6 +63,19 @@ inline uint8_t to_e8m0(double x) {
   return uint8_t(power > 127 ? 254 : power + 127);
 }
 
+struct E4M3 {
+  static float decode(uint8_t bits) { return e4m3_to_float(bits); }
+  static uint8_t encode(double x) { return to_e4m3(x); }
+};
+struct E5M2 {
+  static float decode(uint8_t bits) { return e5m2_to_float(bits); }
+  static uint8_t encode(double x) { return to_e5m2(x); }
+};
+struct E8M0 {
+  static float decode(uint8_t bits) { return e8m0_to_float(bits); }
+  static uint8_t encode(double x) { return to_e8m0(x); }
+};
+
 // The 16-bit floats, as the template argument of what works on both.
 struct F16 {
   static float decode(uint16_t bits) { return half_to_float(bits); }
