@@ -16,9 +16,10 @@ from bitblas import MatmulConfig, build, packing
 from bitblas.cuda.nvcc import compile_library, find_nvcc
 from bitblas.cuda.source import cuda_source
 from bitblas.formats import FORMATS
-from bitblas.layout import PackedLayout
+from bitblas.layout import PackedLayout, stream_period
 from bitblas.schedule import Problem
-from bitblas.schedule.cuda.threads import GEMV_ROWS, ThreadGemvRule, ThreadRule, ThreadTiling, word_unit
+from bitblas.schedule.cuda.threads import GEMV_ROWS, ThreadGemvRule, ThreadRule
+from bitblas.schedule.cuda.threads_tiling import ThreadTiling
 from bitblas.target import resolve_target
 from bitblas.transform import described_func
 
@@ -292,8 +293,8 @@ class TestTilings:
     @pytest.mark.parametrize("name", INTEGERS)
     def test_words_hold_whole_codes(self, name):
         bits = FORMATS[name].bits
-        assert word_unit(bits) * bits % 32 == 0
-        assert all(k * bits % 32 for k in range(1, word_unit(bits)))
+        assert stream_period(bits) * bits % 32 == 0
+        assert all(k * bits % 32 for k in range(1, stream_period(bits)))
 
 
 def compiled(functions, arch, directory):

@@ -9,11 +9,11 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ...config import MatmulConfig
-from ...expr.streams import WORD_BYTES, period, period_words
+from ...expr.streams import WORD_BYTES, period_words
 from ...formats import FORMATS
-from ...layout import QUAD
+from ...layout import QUAD, stream_period
 from ..rule import Problem
-from .threads import ThreadTiling
+from .threads_tiling import ThreadTiling
 
 #: Bytes that one load takes at most.
 _LOAD_BYTES = 16
@@ -339,7 +339,7 @@ class _TileNest(_Nest):
         sch, tiling = self.sch, self.tiling
         decode = self.place("decode", chunk, "shared")
         k, n = self.loops(decode, chunk)
-        codes = self.per_thread(tiling.block_n, period(self.problem.layout.bits) if "words" in self.names else 1)
+        codes = self.per_thread(tiling.block_n, stream_period(self.problem.layout.bits) if "words" in self.names else 1)
         parts, code = sch.split(k, [None, codes // self.step])
         sch.reorder(parts, n, code)
         place = self.share([parts, n])
@@ -352,7 +352,7 @@ class _TileNest(_Nest):
         row, k = self.loops(activation, chunk)
         size = FORMATS[self.config.activation_dtype].bits // 8
         taken = self.per_thread(
-            tiling.block_m, period(self.problem.layout.bits) if tiling.dot else 1, _LOAD_BYTES // size
+            tiling.block_m, stream_period(self.problem.layout.bits) if tiling.dot else 1, _LOAD_BYTES // size
         )
         parts, element = sch.split(k, [None, taken // self.step])
         place = self.share_rows(row, parts)
