@@ -242,11 +242,11 @@ class Problem:
         q, s, z = self.parts()
         return q * s - z if self.config.zeros_mode == "rescale" else (q - z) * s
 
-    def magnitude(self) -> torch.Tensor:
-        """S of the bound: (m, N)."""
+    def magnitude(self, power: int = 1) -> torch.Tensor:
+        """S of the bound, the sum of the sizes of the terms; of power 2 their Euclidean norm: (m, N)."""
         q, s, z = (part.abs() for part in self.parts())
         dense = q * s + z if self.config.zeros_mode == "rescale" else (q + z) * s
-        return self.activations.abs() @ dense.T
+        return (self.activations.abs() ** power @ dense.T**power) ** (1 / power)
 
     def output(self) -> torch.Tensor:
         """The float64 (m, N) result, before it is rounded to out_dtype."""
@@ -419,13 +419,14 @@ def rounded(values: torch.Tensor, out_dtype: str) -> torch.Tensor:
     return values.to(torch.float32).to(dtype)
 
 
-def bound(problem: Problem) -> torch.Tensor:
+def bound(problem: Problem, decoded: str = "float32") -> torch.Tensor:
     """Largest allowed distance from the float64 result, (m, N).
 
-    2·√K·u(accum)·S + u(out)·|ref|, and half a subnormal number of out_dtype, where u stops being relative. Decoding is done in
-    float32, which is why its term is absent. Integer operands are accumulated exactly, and an int8 A beside floats in float32,
-    or in float64 where int32 is asked for; that reaches 16 bits by way of float32. An A that is quantized on the fly is as
-    one of int8, and its scale costs two roundings more.
+    2·√K·u(accum)·S + u(out)·|ref|, and half a subnormal number of out_dtype, where u stops being relative. Where weights are
+    rounded to a dtype of fewer bits than float32 when they are decoded, 4·u(decoded)·‖A ∘ (|q| + |z|)·s‖ more. Integer
+    operands are accumulated exactly, and an int8 A beside floats in float32, or in float64 where int32 is asked for; that
+    reaches 16 bits by way of float32. An A that is quantized on the fly is as one of int8, and its scale costs two roundings
+    more.
     """
     cfg = problem.config
     exact = cfg.accum_dtype == "int32" or cfg.out_dtype in _INTEGERS
@@ -436,6 +437,8 @@ def bound(problem: Problem) -> torch.Tensor:
     allowed = (2 * math.sqrt(cfg.K) + (2 if dynamic(cfg) else 0)) * u * problem.magnitude()
     if cfg.out_dtype in _INTEGERS:
         return allowed + 0.5 if not problem.is_integer else allowed
+    if decoded != "float32":
+        allowed = allowed + 4 * ROUNDOFF[decoded] * problem.magnitude(2)
     rounding = ROUNDOFF[cfg.out_dtype] + (ROUNDOFF["float32"] if accum == "float64" else 0.0)
     return allowed + rounding * problem.output().abs() + _HALF_SUBNORMAL[cfg.out_dtype]
 
@@ -454,10 +457,10 @@ def _check_kind(out: torch.Tensor, problem: Problem) -> None:
     assert out.dtype is getattr(torch, problem.config.out_dtype), f"{out.dtype} for {problem.config.out_dtype}"
 
 
-def assert_close(out: torch.Tensor, problem: Problem) -> None:
+def assert_close(out: torch.Tensor, problem: Problem, decoded: str = "float32") -> None:
     """Fail where a result is farther from the reference than the bound allows; NaN is, always."""
     _check_kind(out, problem)
-    reference, allowed = problem.output(), bound(problem)
+    reference, allowed = problem.output(), bound(problem, decoded)
     got = out.to(torch.float64)
     info = torch.iinfo(out.dtype) if not out.is_floating_point() else torch.finfo(out.dtype)
     if out.is_floating_point():  # what rounds beyond the largest number is infinite
