@@ -11,6 +11,7 @@ import functools
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,6 +194,10 @@ def _redirect(names: tuple[object, ...], card: str) -> None:
 # -- the emulator ----------------------------------------------------------------------------------------------------------
 
 
+#: The emulator runs one kernel at a time.
+_emulating = threading.Lock()
+
+
 class _Checked:
     """A library of the emulator, of which each call is watched for accesses beside its tensors."""
 
@@ -203,7 +208,12 @@ class _Checked:
         import emulator
 
         function = self._library[name]
-        return lambda *operands: emulator.run(function, *operands, seeds=(0,))
+
+        def call(*operands: torch.Tensor) -> None:
+            with _emulating:
+                emulator.run(function, *operands, seeds=(0,))
+
+        return call
 
 
 class _Rooms:
