@@ -41,7 +41,7 @@ _COMPILER = os.environ.get("CXX", "g++")
 _COMMON = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-march=native")
 _RUNTIME = ("-O2", "-Wall", "-Wno-array-bounds")
 _KERNEL = (
-    "-O1",
+    "-Og",  # compiles in two thirds of the time of -O1, and half as fast: as good for a tile or two
     "-w",
     "-g1",  # lines, for messages
     "-fsanitize=thread",  # a call before each access, which the runtime answers: libtsan is not linked
