@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,9 +152,10 @@ def build(text: str, directory: Path, arch: str = "sm_80") -> Path:
 
 
 class _Loaded:
-    """The runtime, once loaded into this process."""
+    """The runtime, once loaded into this process; it has the tensors of one call at a time."""
 
     library: ctypes.CDLL | None = None
+    calls = threading.Lock()
 
 
 def _runtime(directory: Path | None = None) -> ctypes.CDLL:
@@ -234,7 +236,6 @@ def reset_statistics() -> None:
 def _call_checked(function: Any, arguments: Sequence[Any]) -> None:
     """Call with every access to global memory checked against the tensors given."""
     library = _runtime()
-    library.emulator_allow_all()
     library.emulator_allow(0, 0, b"nothing")
     for number, tensor in enumerate(arguments):
         if isinstance(tensor, torch.Tensor) and tensor.numel():
@@ -279,11 +280,14 @@ def run(function: Any, *arguments: Any, seeds: Sequence[int] = (0, 1), identical
     """
     tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor)]
     first: list[Any] | None = None
+    counts = statistics()
     for seed in seeds:
         copies = [argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-        set_seed(seed)
-        reset_statistics()
-        _call_checked(function, copies)
+        with _Loaded.calls:
+            set_seed(seed)
+            reset_statistics()
+            _call_checked(function, copies)
+            counts = statistics()
         if first is None:
             first = copies
         elif identical:
@@ -296,4 +300,4 @@ def run(function: Any, *arguments: Any, seeds: Sequence[int] = (0, 1), identical
     if first is not None:
         for i in tensors:
             arguments[i].copy_(first[i])
-    return statistics()
+    return counts
