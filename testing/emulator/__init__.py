@@ -20,7 +20,7 @@ import tvm_ffi
 from filelock import FileLock
 from tvm_ffi import libinfo
 
-from .translate import TranslationError, translate
+from .translate import UNKNOWN, TranslationError, translate
 
 __all__ = [
     "BuildError",
@@ -144,10 +144,17 @@ def build(text: str, directory: Path, arch: str = "sm_80") -> Path:
         return target
     runtime = _build_runtime(directory)
     source = directory / f"{key}.cpp"
-    source.write_text(f'#include <cuda_runtime.h>\n#line 1 "{key}.cu"\n{translate(text)}')
+    unknown: list[str] = []
+    source.write_text(f'#include <cuda_runtime.h>\n#line 1 "{key}.cu"\n{translate(text, unknown)}')
     flags = [*_KERNEL, f"-I{_HERE / 'include'}", f"-I{libinfo.find_include_path()}", f"-D__CUDA_ARCH__={number[1]}0"]
     libraries = ["-Wl,--wrap=memcpy,--wrap=memset", str(runtime), libinfo.find_libtvm_ffi()]
-    _make(flags, source, libraries, target)
+    try:
+        _make(flags, source, libraries, target)
+    except BuildError as error:
+        met = re.search(rf"{UNKNOWN}(\d+)", str(error)) if unknown else None
+        if met is not None:
+            raise TranslationError(unknown[int(met[1])]) from None
+        raise
     return target
 
 

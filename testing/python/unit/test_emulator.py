@@ -820,6 +820,23 @@ def test_texts_that_are_not_known(text, message):
         emulator.translate(text)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_instructions_that_another_architecture_has(program, arch):
+    """What the preprocessor drops need not be known."""
+    body = """
+#if __CUDA_ARCH__ >= 900
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+  out[0] = 7;"""
+    if arch == "sm_90a":
+        with pytest.raises(emulator.TranslationError, match=r"does not know: wgmma\.fence\.sync\.aligned\nin: asm"):
+            program("int* out", body, arch=arch)
+        return
+    out = torch.zeros(1, dtype=torch.int32)
+    emulator.run(program("int* out", body, block="1", arch=arch), out)
+    assert int(out) == 7
+
+
 def test_translation_keeps_lines():
     text = (
         '// asm("no")\nint a;\nconst char* s = "asm(x)";\n#define M \\\n  asm("mov.u32 %0, 1;" \\\n : "=r"(a))\nint b;'
