@@ -105,6 +105,8 @@ BITBLAS_DEVICE void bitblas_copy_words_4(void* to, const void* from) {
 #endif
 }
 
+#undef BITBLAS_COPY_BY_REGISTERS
+
 BITBLAS_DEVICE void bitblas_commit_copies() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -117,6 +119,27 @@ BITBLAS_DEVICE void bitblas_wait_copies() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #endif
+}
+
+// Four sums in a row, aligned to 16 bytes, which other blocks may have written.
+template <typename T>
+struct alignas(16) BitblasQuad {
+  T values[4];
+};
+
+template <typename T>
+BITBLAS_DEVICE void bitblas_load_quad(T* out, const T* from) {
+  BitblasQuad<T> quad = *reinterpret_cast<const BitblasQuad<T>*>(from);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = quad.values[i];
+}
+
+template <typename T>
+BITBLAS_DEVICE void bitblas_store_quad(T* to, const T* values) {
+  BitblasQuad<T> quad;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) quad.values[i] = values[i];
+  *reinterpret_cast<BitblasQuad<T>*>(to) = quad;
 }
 
 // Count one arrival at a tile, after all that the block has written can be seen; returns how many came before.

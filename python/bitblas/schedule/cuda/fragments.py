@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +11,7 @@ from ...layout import FRAGMENT_K, FRAGMENT_N, PackedLayout
 from ...machines import Card
 from ...target import Target
 from ..rule import Problem, ScheduleRule
+from .fragments_cost import card_of, estimate
 from .tiles import FRAGMENT_M, FragmentTiling, divisor_steps
 
 if TYPE_CHECKING:
@@ -17,35 +19,27 @@ if TYPE_CHECKING:
 
 #: Rows that one product takes: up to so many a weight is multiplied once, where it was loaded.
 FEW_ROWS = FRAGMENT_M
-#: Bytes of weights that a thread asks for ahead: 64 in each of 16 warps are 32 KB on their way for each multiprocessor, what a
-#: bandwidth of 35 bytes a nanosecond and a latency of 800 ns ask for.
-_AHEAD_BYTES = 64
-#: Rows up to which a block is as narrow as it may be. Each block reads all activations: eight rows of them are as many bytes as
-#: 32 columns of 4-bit weights.
-_NARROW_ROWS = 4
-#: k of a step at most, which bounds the registers of activations.
-_MOST_K = 256
+#: Bytes of weights that a thread asks for at once.
+_AT_ONCE_BYTES = 64
+#: k of a step at most, which bounds the registers of activations; and where so many threads share a multiprocessor's registers
+#: that each has 128.
+_MOST_K, _MOST_K_CROWDED = 256, 128
 #: Warps of a block that share out K.
 _WARPS_K = (8, 4, 16)
-#: … and where there are fewer tiles than multiprocessors.
-_WARPS_K_FEW = (16, 8, 4)
-#: Sums of a thread that fit into its registers, beside those that wait for their group's end.
-_MOST_TILES = 16
-#: Steps over k that a warp of a split takes at least: more where activations are staged, which takes a while to begin.
-_LEAST_STEPS, _LEAST_STAGED_STEPS = 2, 4
-_MOST_PARTS = 8
-#: Rows up to which multiprocessors wait for weights, so that two blocks at once keep more of them on their way.
-_WAITS_ROWS = 64
+#: Parts of K that blocks share out.
+_PARTS = (1, 2, 3, 4, 6, 8)
 #: Rows of a launch of a kernel whose sums meet in memory.
 _SPLIT_SLAB = 256
 _STAGES = 4
+#: How many tilings are offered.
+_MOST_TILINGS = 12
 
 #: Shapes of tiles of many rows: (rows, warps, tiles of 16 columns of a warp).
 _SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
     16: ((16, 4, 2), (16, 8, 1), (16, 4, 1)),
     32: ((32, 4, 2), (32, 8, 2), (32, 4, 1)),
-    64: ((64, 4, 2), (32, 4, 4), (64, 8, 2)),
-    128: ((64, 8, 2), (64, 4, 2), (32, 8, 4)),
+    64: ((64, 4, 2), (32, 4, 4), (64, 4, 1), (64, 8, 2)),
+    128: ((64, 8, 2), (64, 4, 2), (32, 8, 4), (64, 8, 1)),
 }
 
 
@@ -99,7 +93,7 @@ class FragmentRule(ScheduleRule[FragmentTiling]):
 
     def tilings(self, problem: Problem) -> list[FragmentTiling]:
         """See `ScheduleRule`."""
-        config, card = problem.config, _card(problem)
+        config, card = problem.config, card_of(problem)
         size = min(max(16, 1 << (problem.m - 1).bit_length()), max(_SHAPES))
         found = []
         for rows, warps, n_tiles in _SHAPES[size]:
@@ -108,10 +102,9 @@ class FragmentRule(ScheduleRule[FragmentTiling]):
                     rows, FRAGMENT_N * n_tiles * warps, divisor_steps(config, wanted_k), warps, stages=_STAGES
                 )
                 tiling = _fitted(tiling, config, card)
-                fits = tiling.block_n < 2 * config.N and tiling.shared_bytes(config) <= card.shared_bytes
-                if fits and tiling not in found:
+                if tiling.block_n < 2 * config.N and tiling.shared_bytes(config) <= card.shared_bytes:
                     found.append(tiling)
-        found = found or [FragmentTiling(size if size < 64 else 64, FRAGMENT_N, FRAGMENT_K, stages=2)]
+        found = found or [FragmentTiling(min(size, 64), FRAGMENT_N, FRAGMENT_K, stages=2)]
         return _with_parts(problem, found)
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: FragmentTiling) -> tirx.PrimFunc:
@@ -134,23 +127,15 @@ class FragmentGemvRule(FragmentRule):
 
     def tilings(self, problem: Problem) -> list[FragmentTiling]:
         """See `ScheduleRule`."""
-        config = problem.config
-        wanted_k = min(_MOST_K, FRAGMENT_K * max(1, _AHEAD_BYTES // (4 * config.format.bits)))
-        found = []
-        for n_tiles in (1, 2) if problem.m <= _NARROW_ROWS else (2, 1):
-            for step in dict.fromkeys((divisor_steps(config, wanted_k), divisor_steps(config, max(64, wanted_k // 2)))):
-                few = config.N // (FRAGMENT_N * n_tiles) <= _card(problem).num_sms
-                for warps in _WARPS_K_FEW if few else _WARPS_K:
-                    tiling = FragmentTiling(FRAGMENT_M, FRAGMENT_N * n_tiles, step, warps_k=warps)
-                    if warps * step <= config.K or warps == min(_WARPS_K):
-                        found.append(tiling)
+        config, found = problem.config, []
+        wanted_k = FRAGMENT_K * max(1, _AT_ONCE_BYTES // (4 * config.format.bits))
+        for n_tiles, warps in itertools.product((1, 2), _WARPS_K):
+            crowded = n_tiles > 1 or warps == max(_WARPS_K)
+            most = min(wanted_k, _MOST_K_CROWDED if crowded else _MOST_K)
+            for step in (divisor_steps(config, most), divisor_steps(config, max(FRAGMENT_K, most // 2))):
+                if warps * step <= config.K or warps == min(_WARPS_K):
+                    found.append(FragmentTiling(FRAGMENT_M, FRAGMENT_N * n_tiles, step, warps_k=warps))
         return _with_parts(problem, found)
-
-
-def _card(problem: Problem) -> Card:
-    card = problem.target.card
-    assert card is not None
-    return card
 
 
 def _fitted(tiling: FragmentTiling, config: MatmulConfig, card: Card) -> FragmentTiling:
@@ -161,16 +146,13 @@ def _fitted(tiling: FragmentTiling, config: MatmulConfig, card: Card) -> Fragmen
 
 
 def _with_parts(problem: Problem, tilings: list[FragmentTiling]) -> list[FragmentTiling]:
-    """Where tiles are too few for the card, with K in parts; and then, as another choice, without."""
-    config, card = problem.config, _card(problem)
-    found = []
-    for tiling in tilings:
-        tiles = -(-problem.m // tiling.block_m) * -(-config.N // tiling.block_n)
-        steps = config.K // tiling.block_k
-        least = (_LEAST_STAGED_STEPS if tiling.stages else _LEAST_STEPS) * tiling.warps_k
-        wanted = card.num_sms * (2 if problem.m <= _WAITS_ROWS else 1) // tiles
-        parts = min(wanted, steps // least, _MOST_PARTS)
-        if parts > 1:
-            found.append(replace(tiling, split_k=parts, slab_m=max(_SPLIT_SLAB, problem.m)))
-        found.append(tiling)
-    return found
+    """Each with K in parts as well; those first that are expected to take least time."""
+    config, found = problem.config, []
+    for tiling, parts in itertools.product(tilings, _PARTS):
+        workers = parts * tiling.warps_k
+        # a staged kernel takes as many steps to begin as it has stages
+        if parts > 1 and config.K // tiling.block_k < workers * max(1, tiling.stages - 1):
+            continue
+        found.append(replace(tiling, split_k=parts, slab_m=max(_SPLIT_SLAB, problem.m) if parts > 1 else 0))
+    found.sort(key=lambda tiling: estimate(problem, tiling))
+    return list(dict.fromkeys(found))[:_MOST_TILINGS]

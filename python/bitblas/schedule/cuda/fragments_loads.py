@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -31,6 +32,21 @@ def products_of(config: MatmulConfig, layout: PackedLayout) -> str:
     return "bf16" if config.A_dtype == "bfloat16" else "f16"
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a thread has of the weights of a step: words, and scales and zero points as they lie in memory."""
+
+    words: Registers
+    scales: Registers | None
+    zeros: Registers | None
+
+    def take_groups(self, other: Loaded) -> None:
+        """Copy what belongs to groups from what was loaded elsewhere."""
+        for mine, theirs in ((self.scales, other.scales), (self.zeros, other.zeros)):
+            if mine is not None and theirs is not None and mine is not theirs:
+                mine.take(theirs)
+
+
 class FragmentLoads:
     """A kernel in the making: its facts, its arguments, and how they come to a thread.
 
@@ -55,14 +71,10 @@ class FragmentLoads:
     first_n: Expr
     #: The ring of stages, and after it the sums.
     shared: tirx.Buffer
-    #: What was loaded, and what is being loaded for the next step.
-    words: Registers
-    next_words: Registers
+    #: What is multiplied, and what is being loaded for a later step; of both what the text that follows means.
+    now: Loaded
+    ahead: Loaded
     activations: Registers
-    scales: Registers
-    next_scales: Registers
-    zeros: Registers
-    next_zeros: Registers
 
     def __init__(self, config: MatmulConfig, layout: PackedLayout, tiling: FragmentTiling) -> None:
         self.config, self.layout, self.tiling = config, layout, tiling
@@ -122,7 +134,7 @@ class FragmentLoads:
         """Ask for the weights of a step, and for what scales them."""
         if not self.tiling.stages:
             for place, words, address in self._vectors(step):
-                run(f"stream_{4 * words}", self.next_words.at(place), B.address_of(self.W[address]))
+                run(f"stream_{4 * words}", self.ahead.words.at(place), B.address_of(self.W[address]))
         if self.per_group:
             self._load_groups(step)
 
@@ -172,7 +184,7 @@ class FragmentLoads:
         """The words of a plane, of one block of 16 x 64."""
         first = n_tile * self.blocks_per_step * self.layout.bits + block * plane.width
         first += self.blocks_per_step * sum(other.width for other in self.layout.planes if other.offset < plane.offset)
-        return lambda index: self.words[first + index]
+        return lambda index: self.now.words[first + index]
 
     def _group(self, step: Expr, fold: int) -> Expr | int:
         if self.config.num_groups == 1:
@@ -184,15 +196,16 @@ class FragmentLoads:
 
     def _load_scale(self, step: Expr, n_tile: int, fold: int, half: int) -> None:
         index, n, group = self._per_row(n_tile, fold, half), self._column(n_tile, half), self._group(step, fold)
-        if self.scales_groups:
-            self.next_scales[index] = self.S[n, group]
-        if self.float_zeros:
-            self.next_zeros[index] = self.Z[n, group]
-        if self.config.zeros_packed:
+        scales, zeros = self.ahead.scales, self.ahead.zeros
+        if scales is not None:
+            scales[index] = self.S[n, group]
+        if zeros is not None and self.float_zeros:
+            zeros[index] = self.Z[n, group]
+        if zeros is not None and self.config.zeros_packed:
             byte = group * self.zero_row + n * self.config.format.bits // 8
             for part in range(self.zero_bytes):
                 place = byte if part == 0 else tirx.min(byte + 1, self.config.num_groups * self.zero_row - 1)
-                self.next_zeros[index * self.zero_bytes + part] = self.Z[place]
+                zeros[index * self.zero_bytes + part] = self.Z[place]
 
     def _load_activations(self, step: Expr) -> None:
         """Eight rows and 32 k at a time: a thread's eight in a row are what it multiplies."""

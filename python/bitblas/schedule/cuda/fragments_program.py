@@ -19,9 +19,11 @@ from ...expr.streams import join_bytes
 from ...layout import FRAGMENT_K, FRAGMENT_N, WARP
 from .emit import Registers, let, named, run, when
 from .fragments_decode import Zero, table_words, u32
-from .fragments_loads import FragmentLoads
+from .fragments_loads import FragmentLoads, Loaded
 from .tiles import FRAGMENT_M, SUM_PADDING
 
+#: Columns that a thread takes at once where sums pass through memory, and how many of these it has on their way.
+_QUAD, _QUADS_AT_ONCE = 4, 16
 #: Bits of 1 in each half or byte.
 _ONES = {"f16": 0x3C003C00, "bf16": 0x3F803F80, "s8": 0x01010101, "u8": 0x01010101}
 
@@ -36,11 +38,10 @@ class FragmentProgram(FragmentLoads):
             self.name = name  # kernels of one text may not declare different memory under one name
             B.func_attr({"tirx.noalias": True, "global_symbol": name})
             self._arguments()
-            tiles_m = -(-self.config.N // self.tiling.block_n)
-            m_tiles = (self.m + self.tiling.block_m - 1) // self.tiling.block_m
-            self.m_tiles = m_tiles
+            tiles_along_n = -(-self.config.N // self.tiling.block_n)
+            self.tiles_along_m = (self.m + self.tiling.block_m - 1) // self.tiling.block_m
             with (
-                B.thread_binding(0, m_tiles * tiles_m, "blockIdx.x") as tile,
+                B.thread_binding(0, self.tiles_along_m * tiles_along_n, "blockIdx.x") as tile,
                 B.thread_binding(0, self.tiling.split_k, "blockIdx.y") as part,
                 B.thread_binding(0, self.tiling.num_threads, "threadIdx.x") as thread,
                 B.sblock("kernel"),
@@ -59,8 +60,8 @@ class FragmentProgram(FragmentLoads):
         self.lane, warp = let("lane", self.thread % WARP), let("warp", self.thread // WARP)
         self.warp_n, self.warp_k = let("warp_n", warp % tiling.warps_n), let("warp_k", warp // tiling.warps_n)
         self.row, self.quarter = let("row", self.lane // 4), let("quarter", self.lane % 4)
-        self.first_m = let("first_m", tirx.truncmod(self.tile, self.m_tiles) * tiling.block_m)
-        self.first_n = let("first_n", tirx.truncdiv(self.tile, self.m_tiles) * tiling.block_n)
+        self.first_m = let("first_m", tirx.truncmod(self.tile, self.tiles_along_m) * tiling.block_m)
+        self.first_n = let("first_n", tirx.truncdiv(self.tile, self.tiles_along_m) * tiling.block_n)
         self._allocate()
         self.sums.fill(tirx.const(0, self.sum_dtype))
         if self.row_sums is not None:
@@ -70,18 +71,13 @@ class FragmentProgram(FragmentLoads):
         worker = self.part * tiling.warps_k + self.warp_k if tiling.warps_k > 1 else self.part
         worker = let("worker", worker)
         count = let("count", (self.num_steps - worker + (self.workers - 1)) // self.workers)
-        with when(worker < self.num_steps if self.workers > 1 else True):
-            self._load(worker)
         if not self.per_group:
             self._load_groups(worker)
             self._split_zeros()
-        for ahead in range(tiling.stages - 1):
-            with when(count > ahead):
-                self._copy(worker + ahead * self.workers, ahead)
-            run("commit_copies")
-        with B.serial(0, count) as turn:
-            named("turn", turn)
-            self._turn(worker + turn * self.workers, turn, count)
+        if tiling.stages:
+            self._staged_turns(worker, count)
+        else:
+            self._turns(worker, count)
         if not self.per_group and (self.scales_groups or self.float_zeros):
             self._fold(0)
         self._finish()
@@ -90,17 +86,13 @@ class FragmentProgram(FragmentLoads):
         tiling = self.tiling
         tiles = tiling.n_tiles * tiling.m_tiles
         step_words = tiling.n_tiles * self.blocks_per_step * self.layout.bits
-        self.words = Registers("words", step_words, "uint32")
-        if not tiling.stages:
-            self.next_words = Registers("next_words", step_words, "uint32")
-        self.weights = Registers("weights", 4, "uint32")
         per_row = 2 * self.num_folds * tiling.n_tiles
-        if self.scales_groups:
-            self.scales, self.next_scales = self._now_and_next("scales", per_row, self.S.dtype)
-        if self.float_zeros:
-            self.zeros, self.next_zeros = self._now_and_next("zeros", per_row, self.Z.dtype)
-        if self.config.zeros_packed:
-            self.zeros, self.next_zeros = self._now_and_next("zeros", per_row * self.zero_bytes, "int8")
+        first = Loaded(Registers("words", step_words, "uint32"), *self._of_groups("", per_row))
+        words = first.words if tiling.stages else Registers("other_words", step_words, "uint32")
+        groups = self._of_groups("other_", per_row) if self.per_group else (first.scales, first.zeros)
+        self.loaded = first, Loaded(words, *groups)
+        self.now = self.ahead = first
+        self.weights = Registers("weights", 4, "uint32")
         held = tiling.m_tiles * (2 * self.blocks_per_step if not tiling.stages else 1)
         self.activations = Registers("activations", held * self.raw, "uint32")
         if not tiling.stages:
@@ -122,50 +114,69 @@ class FragmentProgram(FragmentLoads):
         shared = tiling.shared_bytes(self.config)
         self.shared = named(f"shared_{self.name}", B.sblock_alloc_buffer((shared,), "int8", scope="shared.dyn"))
 
-    def _now_and_next(self, name: str, size: int, dtype: str) -> tuple[Registers, Registers]:
-        """What belongs to groups, of this step and of the next; one and the same where there is one group."""
-        now = Registers(name, size, dtype)
-        return now, Registers(f"next_{name}", size, dtype) if self.per_group else now
+    def _of_groups(self, prefix: str, per_row: int) -> tuple[Registers | None, Registers | None]:
+        """Registers of scales and of zero points, where there are such."""
+        scales = Registers(f"{prefix}scales", per_row, self.S.dtype) if self.scales_groups else None
+        if not self.config.with_zeros:
+            return scales, None
+        size = per_row * self.zero_bytes if self.config.zeros_packed else per_row
+        return scales, Registers(f"{prefix}zeros", size, self.Z.dtype)
 
     @property
     def _has_totals(self) -> bool:
         """Whether sums are added up elsewhere, because they are scaled on the way or of another dtype."""
         return self.folds or self.sum_dtype != self.total_dtype
 
-    def _turn(self, step: Expr, turn: Expr, count: Expr) -> None:
-        """One step over k: take what was loaded, load for the next, multiply."""
+    def _turns(self, worker: Expr, count: Expr) -> None:
+        """All steps, where each warp loads for itself: of two in turn one is multiplied while the other is on its way."""
+        for half in range(2):
+            self.ahead = self.loaded[half]
+            with when(count > half):
+                self._load(worker + half * self.workers)
+        with B.serial(0, (count + 1) // 2) as pair:
+            named("pair", pair)
+            for half in range(2):
+                self.now = self.ahead = self.loaded[half]
+                turn = pair * 2 + half
+                step = worker + turn * self.workers
+                with when(turn < count if half else True):
+                    self._load_activations(step)  # from a cache, while the weights are still on their way
+                    if self.per_group:
+                        self._split_zeros()
+                    for block in range(self.blocks_per_step):
+                        self._multiply(block, turn)
+                    with when(turn + 2 < count):
+                        self._load(step + 2 * self.workers)
+
+    def _staged_turns(self, worker: Expr, count: Expr) -> None:
+        """All steps, where weights and activations come through the ring of stages."""
         tiling = self.tiling
-        if not tiling.stages:
-            self._load_activations(step)  # from a cache, while the weights are still on their way
-        for now, ahead in self._pairs():
-            now.take(ahead)
-        with when(turn + 1 < count):
-            self._load(step + self.workers)
-        if self.per_group:
-            self._split_zeros()
-        if tiling.stages:
+        self.now, self.ahead = self.loaded
+        with when(worker < self.num_steps if self.workers > 1 else True):
+            self._load(worker)
+        for ahead in range(tiling.stages - 1):
+            with when(count > ahead):
+                self._copy(worker + ahead * self.workers, ahead)
+            run("commit_copies")
+        with B.serial(0, count) as turn:
+            named("turn", turn)
+            step = worker + turn * self.workers
+            self.now.take_groups(self.ahead)
+            with when(turn + 1 < count):
+                self._load(step + self.workers)
+            if self.per_group:
+                self._split_zeros()
             run(f"wait_copies<{tiling.stages - 2}>")
             B.evaluate(B.tvm_storage_sync("shared"))
-            ahead = turn + (tiling.stages - 1)
-            with when(ahead < count):
-                self._copy(step + (tiling.stages - 1) * self.workers, ahead % tiling.stages)
+            later = turn + (tiling.stages - 1)
+            with when(later < count):
+                self._copy(step + (tiling.stages - 1) * self.workers, later % tiling.stages)
             run("commit_copies")
             for place, words, _ in self._vectors(step):
-                run(
-                    f"load_shared_{4 * words}",
-                    self.words.at(place),
-                    self._staged_words(place, words, turn % tiling.stages),
-                )
-        for block in range(self.blocks_per_step):
-            self._multiply(block, turn)
-
-    def _pairs(self) -> list[tuple[Registers, Registers]]:
-        pairs = [] if self.tiling.stages else [(self.words, self.next_words)]
-        if self.scales_groups and self.per_group:
-            pairs.append((self.scales, self.next_scales))
-        if self.config.with_zeros and self.per_group:
-            pairs.append((self.zeros, self.next_zeros))
-        return pairs
+                source = self._staged_words(place, words, turn % tiling.stages)
+                run(f"load_shared_{4 * words}", self.now.words.at(place), source)
+            for block in range(self.blocks_per_step):
+                self._multiply(block, turn)
 
     # -- multiplying -------------------------------------------------------------------------------------------------------
 
@@ -208,8 +219,10 @@ class FragmentProgram(FragmentLoads):
         fmt, largest = self.config.format, float((1 << self.config.format.bits) - 1)
         offset = tirx.const(float(fmt.code_offset), "float32")
         found: Expr = tirx.const(False, "bool")
-        for index in range(self.zeros.size):
-            zero = widen(self.zeros[index]) + offset
+        zeros = self.now.zeros
+        assert zeros is not None
+        for index in range(zeros.size):
+            zero = widen(zeros[index]) + offset
             whole = tirx.max(tirx.min(tirx.nearbyint(zero), tirx.const(largest, "float32")), tirx.const(0.0, "float32"))
             self.offsets[index] = whole.astype("uint32")
             self.rests[index] = zero - self.offsets[index].astype("float32")
@@ -267,7 +280,9 @@ class FragmentProgram(FragmentLoads):
         if not self.config.zeros_packed:
             return None
         bits, index = self.config.format.bits, self._per_row(n_tile, fold, half) * self.zero_bytes
-        code = join_bytes([self.zeros[index + part] for part in range(self.zero_bytes)])
+        zeros = self.now.zeros
+        assert zeros is not None
+        code = join_bytes([zeros[index + part] for part in range(self.zero_bytes)])
         code = tirx.shift_right(code, self._column(n_tile, half) * bits % 8)
         return Zero(tirx.bitwise_and(code, tirx.const((1 << bits) - 1, "int32")).astype("uint32"))
 
@@ -280,11 +295,12 @@ class FragmentProgram(FragmentLoads):
                 for element in range(4):
                     index, at = tile * 4 + element, self._per_row(n_tile, fold, element // 2)
                     value = self.sums[index].astype("float32")
-                    scale = widen(self.scales[at]) if self.scales_groups else None
+                    scale = None if self.now.scales is None else widen(self.now.scales[at])
                     shift = None
                     if self.row_sums is not None:
                         row_sum = self.row_sums[m_tile * 4 + element].astype("float32")
-                        zeros = self.rests if self.splits_zeros else self.zeros
+                        zeros = self.rests if self.splits_zeros else self.now.zeros
+                        assert zeros is not None
                         shift = row_sum * widen(zeros[at])
                     if shift is not None and cfg.zeros_mode != "rescale":
                         value = value - shift
@@ -329,12 +345,19 @@ class FragmentProgram(FragmentLoads):
             return
         elements = tiling.block_m * tiling.block_n
         base = self.tile * (tiling.split_k * elements)
-        self._each(
-            lambda row, column, index: B.buffer_store(
-                self.partial, of_block(row, column), [base + self.part * elements + index]
-            )
-        )
+        quad = Registers("quad", _QUAD, self.total_dtype)
+        with B.serial(0, self._quad_rounds) as round_:
+            index = (round_ * tiling.num_threads + self.thread) * _QUAD
+            with when(index < elements if elements % (_QUAD * tiling.num_threads) else True):
+                for at in range(_QUAD):
+                    quad[at] = of_block(index // tiling.block_n, index % tiling.block_n + at)
+                run("store_quad", B.address_of(self.partial[base + self.part * elements + index]), quad.at(0))
         self._last_block(base, elements)
+
+    @property
+    def _quad_rounds(self) -> int:
+        """How often all threads take four columns of a row until the tile is done."""
+        return -(-self.tiling.block_m * self.tiling.block_n // (_QUAD * self.tiling.num_threads))
 
     def _last_block(self, base: Expr, elements: int) -> None:
         """The block that comes last adds up what all have left, in their order."""
@@ -349,16 +372,28 @@ class FragmentProgram(FragmentLoads):
         before_all[0] = arrived[0]
         with when(before_all[0] == tiling.split_k - 1):
             run("see_arrived")
-
-            def store(row: Expr, column: Expr, index: Expr) -> None:
-                value = self.partial[base + index]
-                for part in range(1, tiling.split_k):
-                    value = value + self.partial[base + part * elements + index]
-                self._store(row, column, value)
-
-            self._each(store)
+            self._add_parts(base, elements)
             with when(self.thread == 0):
                 B.buffer_store(self.counters, tirx.const(0, "int32"), [self.tile])
+
+    def _add_parts(self, base: Expr, elements: int) -> None:
+        """Load several rounds of all parts at once, so that their latencies overlap; add, and store."""
+        tiling = self.tiling
+        at_once = max(1, min(self._quad_rounds, _QUADS_AT_ONCE // tiling.split_k))
+        quads = Registers("quads", at_once * tiling.split_k * _QUAD, self.total_dtype)
+        with B.serial(0, -(-self._quad_rounds // at_once)) as round_:
+            places = [((round_ * at_once + turn) * tiling.num_threads + self.thread) * _QUAD for turn in range(at_once)]
+            for turn, place in enumerate(places):
+                for part in range(tiling.split_k):
+                    source = self.partial[base + part * elements + tirx.min(place, elements - _QUAD)]
+                    run("load_quad", quads.at((turn * tiling.split_k + part) * _QUAD), B.address_of(source))
+            for turn, place in enumerate(places):
+                with when(place < elements):
+                    for at in range(_QUAD):
+                        value = quads[turn * tiling.split_k * _QUAD + at]
+                        for part in range(1, tiling.split_k):
+                            value = value + quads[(turn * tiling.split_k + part) * _QUAD + at]
+                        self._store(place // tiling.block_n, place % tiling.block_n + at, value)
 
     def _each(self, visit: Callable[[Expr, Expr, Expr], None]) -> None:
         """Share the elements of the tile out among threads, side by side along n."""
