@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,3 +239,8 @@ class PackedLayout:
 def dots_unit(bits: int) -> int:
     """Consecutive k that a word of the thinnest plane holds in the layout "dots"."""
     return 32 // min(PLANE_WIDTHS[bits])
+
+
+def stream_period(bits: int) -> int:
+    """Fewest consecutive codes of a row-wise bit stream that are whole words of 32 bits."""
+    return 32 // math.gcd(32, bits)

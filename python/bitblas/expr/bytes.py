@@ -9,9 +9,9 @@ from tvm import te, tirx
 from tvm.ir import Expr
 
 from ..formats import DataFormat
-from ..layout import QUAD
+from ..layout import QUAD, stream_period
 from .quads import offset, repeated
-from .streams import join_bytes, period, word_code
+from .streams import join_bytes, word_code
 
 #: Words whose products one expression adds up.
 _DEPTH = 8
@@ -22,7 +22,7 @@ def _order(bits: int, q: Expr, j: int) -> Expr:
     if 8 % bits:
         return q * QUAD + j
     per_byte = 8 // bits
-    return q // per_byte * period(bits) + j * per_byte + q % per_byte
+    return q // per_byte * stream_period(bits) + j * per_byte + q % per_byte
 
 
 def activation_words(bits: int, given: Callable[[Expr, Expr], Expr], rows: Any, k: int) -> te.Tensor:

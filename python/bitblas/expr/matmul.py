@@ -11,7 +11,7 @@ from tvm.ir import Expr
 
 from ..config import MatmulConfig
 from ..formats import parse_format
-from ..layout import LANES, QUAD, PackedLayout
+from ..layout import LANES, QUAD, PackedLayout, stream_period
 from .absmax import absmax_bits
 from .bytes import activation_words, dot_products, dot_row_sum, weight_words
 from .codes import fragment_code, lane_code, row_code
@@ -21,7 +21,7 @@ from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
 from .storage import finish, placed_dtype, times, widen
-from .streams import WORD_BYTES, join_bytes, period, stream_code, stream_words, word_code
+from .streams import WORD_BYTES, join_bytes, stream_code, stream_words, word_code
 from .threads import thread_decoder
 
 
@@ -120,7 +120,11 @@ class MatmulExpr:
     def streams_words(self) -> bool:
         """Whether threads read a row-wise bit stream in words of 32 bits: rows and chunks begin and end with them."""
         packed = self.threads and self.layout.name == "packed" and self.padded_k == self.config.K
-        return packed and self.config.K % period(self.layout.bits) == 0 and self.chunk % period(self.layout.bits) == 0
+        return (
+            packed
+            and self.config.K % stream_period(self.layout.bits) == 0
+            and self.chunk % stream_period(self.layout.bits) == 0
+        )
 
 
 def _round_up(value: Any, multiple: int) -> Any:

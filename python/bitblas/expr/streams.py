@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from tvm import te, tirx
 from tvm.ir import Expr
+
+from ..layout import stream_period
 
 WORD_BYTES = 4
 
@@ -44,19 +45,14 @@ def stream_words(stream: te.Tensor, rows: int, row_words: int, bits: int, column
     return te.compute((rows, *shape), word, name="words")
 
 
-def period(bits: int) -> int:
-    """Fewest consecutive codes of a stream that are whole words."""
-    return 32 // math.gcd(32, bits)
-
-
 def period_words(bits: int) -> int:
     """The words of a period."""
-    return bits * period(bits) // 32
+    return bits * stream_period(bits) // 32
 
 
 def word_code(words: te.Tensor, n: Expr, k: Expr, bits: int) -> Expr:
     """Code k of row n, in the lowest bits of an int32; bits above a code of less than 8 bits may hold anything."""
-    whole, bit = k // period(bits), k % period(bits) * bits
+    whole, bit = k // stream_period(bits), k % stream_period(bits) * bits
     if bits == 32:
         return words[n, whole]
     if period_words(bits) == 1:

@@ -11,7 +11,8 @@ from ...target import Target
 from ..rule import Problem, ScheduleRule, Tiling
 from .dense import DenseRule, DenseTiling
 from .fragments import FragmentGemvRule, FragmentRule, declines_fragments, fragment_layout
-from .threads import ThreadGemvRule, ThreadRule, ThreadTiling
+from .threads import ThreadGemvRule, ThreadRule
+from .threads_tiling import ThreadTiling
 from .tiles import FragmentTiling
 
 CUDA_RULES: tuple[ScheduleRule[Any], ...] = (

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ...config import MatmulConfig
-from ...layout import PackedLayout
-from ..rule import Problem, ScheduleRule, Tiling, largest_divisor
+from ...layout import stream_period
+from ..rule import Problem, ScheduleRule
+from .threads_tiling import ThreadTiling
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -21,9 +20,6 @@ GEMV_ROWS = 8
 #: Rows that a thread takes at most, so that all fits the registers; and where it quantizes them.
 _THREAD_ROWS, _QUANTIZED_ROWS = 4, 2
 
-#: A chunk that is shorter than this, beside a group that is longer, is worth a last chunk that is not full.
-_SHORTEST_CHUNK = 8
-
 #: Bits of the weights that one load takes at most.
 _LOAD_BITS = 128
 
@@ -31,80 +27,9 @@ _LOAD_BITS = 128
 _BLOCKS_PER_SM = 2
 
 
-@dataclass(frozen=True)
-class ThreadTiling(Tiling):
-    """How threads share out a matmul.
-
-    A block of threads computes block_m x block_n numbers, a thread thread_m x thread_n of them.
-
-    Attributes
-    ----------
-    block_k : int
-        Most consecutive k that are summed before a group's scale, or the sum of all chunks, takes over. At most 512, so that
-        float32 sums of int8 products are exact.
-    thread_m, thread_n : int
-        Divisors of block_m and block_n.
-    lanes : int
-        Threads that share out the chunks of k, a power of two of at most 1024; 1 where operands are shared instead.
-    dot : str
-        ``"s8s8"`` where products of int8 and of integer weights are summed by `__dp4a`, in int32; else they are float32.
-    """
-
-    thread_m: int = 1
-    thread_n: int = 1
-    lanes: int = 1
-    dot: str = ""
-
-    kind: ClassVar[str] = "threads"
-
-    @property
-    def threads_m(self) -> int:
-        """Threads of a block over rows."""
-        return self.block_m // self.thread_m
-
-    @property
-    def threads_n(self) -> int:
-        """Threads of a block over columns."""
-        return self.block_n // self.thread_n
-
-    @property
-    def num_threads(self) -> int:
-        """Threads of a block."""
-        return self.threads_m * self.threads_n * self.lanes
-
-    def blocks(self, config: MatmulConfig, layout: PackedLayout) -> dict[str, Any]:
-        """See `Tiling`."""
-        return {
-            "row_multiple": self.block_m,
-            "lane_multiple": self.block_n,
-            "chunk": self.chunk(config, layout),
-            "chunk_multiple": self.lanes,
-            "dot": self.dot,
-            "threads": True,
-        }
-
-    def chunk(self, config: MatmulConfig, layout: PackedLayout) -> int:
-        """How many consecutive k are summed at once: a divisor of the group, or of a multiple of K where there is one group.
-
-        Of whole words, where a group has them.
-        """
-        group = config.group if config.is_grouped else config.K
-        unit = word_unit(layout.bits)
-        unit = unit if group % unit == 0 and unit <= self.block_k else 1
-        found = unit * largest_divisor(group // unit, self.block_k // unit)
-        if found >= min(_SHORTEST_CHUNK, group) or group < config.K or self.dot:
-            return found
-        return -(-group // -(-group // self.block_k) // _SHORTEST_CHUNK) * _SHORTEST_CHUNK
-
-
-def word_unit(bits: int) -> int:
-    """Fewest consecutive k of a row-wise bit stream that are whole words of 32 bits."""
-    return 32 // math.gcd(32, bits)
-
-
 def dot_of(problem: Problem) -> str:
     """How products are summed: as bytes, where they are integers and groups are whole words of codes."""
-    config, unit = problem.config, word_unit(problem.layout.bits)
+    config, unit = problem.config, stream_period(problem.layout.bits)
     group = config.group if config.is_grouped else config.K
     return "s8s8" if config.integer_products and group % unit == 0 else ""
 
@@ -124,14 +49,15 @@ class ThreadGemvRule(ScheduleRule[ThreadTiling]):
 
     def tilings(self, problem: Problem) -> list[ThreadTiling]:
         """See `ScheduleRule`."""
-        bits = problem.layout.bits
-        longest = 64 if problem.m == 1 else WARP
-        block_k = min(longest, max(16, _LOAD_BITS // bits if _LOAD_BITS % bits == 0 else WARP))
+        bits, dot = problem.layout.bits, dot_of(problem)
+        # what a load brings, but not so little that scales cost more than products, nor so much that it fills the registers
+        shortest, longest = WARP if dot else WARP // 2, 2 * WARP if problem.m == 1 else WARP
+        block_k = min(longest, max(shortest, _LOAD_BITS // bits if _LOAD_BITS % bits == 0 else WARP))
         most = _QUANTIZED_ROWS if problem.config.dynamic_quantization else _THREAD_ROWS
         rows = -(-problem.m // -(-problem.m // most))
         found = []
         for thread_n, warps, lanes in self._shapes(problem):
-            probe = ThreadTiling(rows, thread_n * warps, block_k, rows, thread_n, dot=dot_of(problem))
+            probe = ThreadTiling(rows, thread_n * warps, block_k, rows, thread_n, dot=dot)
             chunks = -(-problem.config.K // probe.chunk(problem.config, problem.layout))
             while lanes > chunks:
                 lanes //= 2

@@ -9,11 +9,11 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from ...config import MatmulConfig
-from ...expr.streams import WORD_BYTES, period, period_words
+from ...expr.streams import WORD_BYTES, period_words
 from ...formats import FORMATS
-from ...layout import QUAD
+from ...layout import QUAD, stream_period
 from ..rule import Problem
-from .threads import ThreadTiling
+from .threads_tiling import ThreadTiling
 
 #: Bytes that one load takes at most.
 _LOAD_BYTES = 16
@@ -277,15 +277,16 @@ class _LaneNest(_Nest):
         sch.decompose_reduction(matmul, first)
 
     def share_maxima(self, loops: list[LoopRV]) -> None:
-        """See `_Nest`: a row by all threads; a group by the lanes."""
+        """See `_Nest`: a row by all threads; a group by the lanes, where the threads over columns share out the groups evenly:
+        what TVM writes of a reduction by threads has no bounds."""
         sch = self.sch
-        *which, k = loops
+        _, group, k = loops
         threads, lanes = self.thread_extents
-        if self.config.activation_groups == 1:
+        if int(sch.get(group).extent) % threads:
             _, y, x = sch.split(k, [None, threads, lanes])
         else:
             _, x = sch.split(k, [None, lanes])
-            _, y = sch.split(which[-1], [None, threads])
+            _, y = sch.split(group, [None, threads])
         sch.bind(y, _ROWS)
         sch.bind(x, _LANES)
 
@@ -338,7 +339,7 @@ class _TileNest(_Nest):
         sch, tiling = self.sch, self.tiling
         decode = self.place("decode", chunk, "shared")
         k, n = self.loops(decode, chunk)
-        codes = self.per_thread(tiling.block_n, period(self.problem.layout.bits) if "words" in self.names else 1)
+        codes = self.per_thread(tiling.block_n, stream_period(self.problem.layout.bits) if "words" in self.names else 1)
         parts, code = sch.split(k, [None, codes // self.step])
         sch.reorder(parts, n, code)
         place = self.share([parts, n])
@@ -351,7 +352,7 @@ class _TileNest(_Nest):
         row, k = self.loops(activation, chunk)
         size = FORMATS[self.config.activation_dtype].bits // 8
         taken = self.per_thread(
-            tiling.block_m, period(self.problem.layout.bits) if tiling.dot else 1, _LOAD_BYTES // size
+            tiling.block_m, stream_period(self.problem.layout.bits) if tiling.dot else 1, _LOAD_BYTES // size
         )
         parts, element = sch.split(k, [None, taken // self.step])
         place = self.share_rows(row, parts)
