@@ -141,7 +141,7 @@ def test_names_that_are_not_taken():
         Matmul(small(), backend="cutlass")
     with pytest.raises(ConfigError, match="config is 'uint4'"):
         Matmul("uint4")
-    with pytest.raises(UnsupportedError, match="^target cuda -arch=sm_70: cards of compute capability"):
+    with pytest.raises(UnsupportedError, match=r"^target cuda -arch=sm_70: cards of compute capability"):
         Matmul(small(), target="nvidia/tesla-v100")
 
 
