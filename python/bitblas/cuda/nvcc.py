@@ -58,7 +58,7 @@ def _places() -> Iterator[Path]:
 
 
 def package_files(pattern: str) -> list[Path]:
-    """Files of NVIDIA's packages of PyPI, such as ``"lib/libnvrtc.so.*"``: below ``nvidia/*`` on Python's path, newest first."""
+    """Files of NVIDIA's packages of PyPI, such as ``"lib/libnvrtc.so.*"``, newest first: below ``nvidia/*``."""
     spec = importlib.util.find_spec("nvidia")
     roots = dict.fromkeys(spec.submodule_search_locations or ()) if spec else {}
     found = [(path.relative_to(root), path) for root in roots for path in Path(root).glob(f"*/{pattern}")]
