@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import emulator`
 sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`
 
-import devices  # noqa: E402 - found by the path above
+import devices
 
 _MADE_STORE = pytest.StashKey[Path]()
 _DEVICE = pytest.StashKey[str]()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -58,10 +58,12 @@ def _places() -> Iterator[Path]:
 
 
 def package_files(pattern: str) -> list[Path]:
-    """Files of NVIDIA's packages of PyPI, such as ``"lib/libnvrtc.so.*"``: below ``nvidia/*`` of this Python, newest first."""
-    roots = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-    found = [path for root in roots for path in Path(root).glob(f"nvidia/*/{pattern}")]
-    return sorted(found, key=lambda path: [int(part) for part in re.findall(r"\d+", path.as_posix())], reverse=True)
+    """Files of NVIDIA's packages of PyPI, such as ``"lib/libnvrtc.so.*"``, newest first: below ``nvidia/*``."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = dict.fromkeys(spec.submodule_search_locations or ()) if spec else {}
+    found = [(path.relative_to(root), path) for root in roots for path in Path(root).glob(f"*/{pattern}")]
+    found.sort(key=lambda row: [int(part) for part in re.findall(r"\d+", row[0].as_posix())], reverse=True)
+    return [path for _, path in found]
 
 
 def has_host_compiler(nvcc: str) -> bool:

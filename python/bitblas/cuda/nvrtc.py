@@ -71,8 +71,16 @@ def nvrtc_version(library: str) -> str:
     return f"{major.value}.{minor.value}"
 
 
+def _known_archs(nvrtc: ctypes.CDLL) -> list[int]:
+    count = ctypes.c_int()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    nvrtc.nvrtcGetSupportedArchs(found)
+    return sorted(found)
+
+
 def compile_cubin(library: str, text: str, arch: str) -> bytes:
-    """Machine code of kernels.
+    """Machine code of kernels; PTX, of the newest capability that NVRTC knows, for one that is newer.
 
     Parameters
     ----------
@@ -89,9 +97,10 @@ def compile_cubin(library: str, text: str, arch: str) -> bytes:
         NVRTC cannot be loaded, has no headers, or failed; with its options and its log.
     """
     nvrtc = _load(library)
-    stand_ins = source_dir() / "cuda" / "rtc"
+    stand_ins, newest = source_dir() / "cuda" / "rtc", max(_known_archs(nvrtc))
+    is_newer = int("".join(filter(str.isdigit, arch))) > newest
     options = [
-        f"--gpu-architecture={arch}",
+        f"--gpu-architecture={f'compute_{newest}' if is_newer else arch}",
         "-std=c++17",
         f"--include-path={stand_ins}",
         f"--include-path={find_headers(library)}",
@@ -104,7 +113,7 @@ def compile_cubin(library: str, text: str, arch: str) -> bytes:
             given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             failed = nvrtc.nvrtcCompileProgram(program, len(options), given)
             if not failed:
-                return _read(nvrtc, program, "CUBIN")
+                return _read(nvrtc, program, "PTX" if is_newer else "CUBIN")
             log = _read(nvrtc, program, "ProgramLog").decode(errors="replace").rstrip("\0")
         finally:
             nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

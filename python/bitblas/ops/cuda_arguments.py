@@ -56,7 +56,7 @@ class CudaDoor(Door):
         if index not in self._able:
             self._check_device(operands[0])
         for place, tensor in enumerate(operands):
-            if tensor.get_device() != index or not tensor.is_cuda:
+            if tensor.get_device() != index:  # which is below 0 for those that are on no card
                 self._refuse(self._operands[place - 1].name, tensor, operands[0])
             if tensor.data_ptr() % ALIGNMENT:
                 operands[place] = tensor.clone()

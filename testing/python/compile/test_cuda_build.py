@@ -311,6 +311,13 @@ def test_nvrtc_says_what_is_wrong():
     assert "nonsense" in caught.value.output
 
 
+@needs_nvrtc
+def test_a_capability_that_nvrtc_does_not_know():
+    text = "__global__ void fill(float* out) { out[threadIdx.x] = 1; }"
+    assert compiling.compile_cubin(find_nvrtc(), text, "sm_90").startswith(b"\x7fELF")
+    assert b".target sm_" in compiling.compile_cubin(find_nvrtc(), text, "sm_999")
+
+
 def test_refusals_pass_unchanged(store):
     with pytest.raises(UnsupportedError, match="is for tests"):
         Matmul(MatmulConfig(N=64, K=64, W_dtype="uint4", with_bias=True), target=TARGET)

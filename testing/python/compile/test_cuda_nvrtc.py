@@ -1,5 +1,7 @@
 """Every kind of text that our rules write for cards is one that NVRTC takes, and its launches are understood."""
 
+from dataclasses import replace
+
 import pytest
 
 from bitblas import MatmulConfig
@@ -7,9 +9,11 @@ from bitblas.build import compile_cuda
 from bitblas.cuda.launches import read_launches
 from bitblas.cuda.nvrtc import compile_cubin, find_nvrtc
 from bitblas.cuda.source import kernel_source
+from bitblas.machines import Card
 from bitblas.plan import plan_matmul
 from bitblas.schedule.cuda import CUDA_RULES
 from bitblas.target import resolve_target
+from bitblas.transform import described_func
 
 needs_nvrtc = pytest.mark.skipif(find_nvrtc() is None, reason="there is no NVRTC: pip install nvidia-cuda-nvrtc")
 
@@ -34,6 +38,21 @@ def plan(name, arch):
 def test_every_rule_is_among_these():
     found = {kernel.rule for name in CONFIGS for kernel in plan(name, "sm_90").kernels}
     assert found == {rule.name for rule in CUDA_RULES}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_code_depends_on_a_card_by_its_tilings_only(name):
+    """Why the key of an artifact holds no numbers of a card."""
+    wanted = plan(name, "sm_90")
+    other = replace(wanted.target, card=Card(7, 1 << 16, 1 << 20, 100))
+    rules = {rule.name: rule for rule in CUDA_RULES}
+    for kernel in wanted.kernels:
+        texts = set()
+        for target in (wanted.target, other):
+            problem = replace(wanted.problem(kernel), target=target)
+            func = described_func(problem, kernel.rule, kernel.tiling, kernel.name)
+            texts.add(rules[kernel.rule].apply(func, problem, kernel.tiling).script())
+        assert len(texts) == 1
 
 
 @needs_nvrtc

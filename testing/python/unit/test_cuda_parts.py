@@ -70,7 +70,8 @@ def nothing(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(nvcc, "_USUAL", str(tmp_path / "usual"))
     monkeypatch.setattr(nvrtc, "_USUAL", str(tmp_path / "usual"))
-    monkeypatch.setattr(nvcc.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
+    packages = SimpleNamespace(submodule_search_locations=[str(tmp_path / "site" / "nvidia")])
+    monkeypatch.setattr(nvcc.importlib.util, "find_spec", lambda name: packages)
     monkeypatch.setattr(nvrtc.ctypes.util, "find_library", lambda name: None)
     return tmp_path
 
