@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, TimeoutError  # the latter is the builtin one from Python 3.11 on
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -147,11 +147,14 @@ def build_ahead(configs: Sequence[MatmulConfig], target: Target, jobs: int, dead
     problems = []
     with ProcessPoolExecutor(min(jobs, max(1, len(configs))), get_context("spawn")) as pool:
         futures = [pool.submit(_build, config, target) for config in configs]
-        for future in futures:
-            problem = future.result(timeout=max(1.0, deadline - time.monotonic()))
-            if problem:
-                problems.append(problem)
-                say(problem)
+        try:
+            problems = [future.result(timeout=max(1.0, deadline - time.monotonic())) for future in futures]
+        except TimeoutError:
+            problems.append("building ahead took too long")
+            pool.shutdown(wait=False, cancel_futures=True)
+    problems = [problem for problem in problems if problem]
+    for problem in problems:
+        say(problem)
     return problems
 
 

@@ -95,8 +95,9 @@ def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
     Kernels for cards are loaded to a device, by the CUDA runtime in the library, when they are first launched there. They run
     on torch's current stream of the device that the tensors are on: tvm_ffi asks torch for it when it takes the first tensor.
     """
-    if library.suffix == ".cubin":
-        return _kernels(load_cubin(library), plan)
+    cubin = library.with_suffix(".cubin")  # where NVRTC has made the kernels
+    if cubin.exists():
+        return _kernels(load_cubin(cubin), plan)
     return _kernels(tvm_ffi.load_module(str(library)), plan)
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import tvm_ffi
 from filelock import FileLock
 from tvm_ffi import libinfo
 
-from .translate import TranslationError, translate
+from .translate import UNKNOWN, TranslationError, translate
 
 __all__ = [
     "BuildError",
@@ -41,7 +42,7 @@ _COMPILER = os.environ.get("CXX", "g++")
 _COMMON = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-march=native")
 _RUNTIME = ("-O2", "-Wall", "-Wno-array-bounds")
 _KERNEL = (
-    "-O1",
+    "-Og",  # compiles in two thirds of the time of -O1, and half as fast: as good for a tile or two
     "-w",
     "-g1",  # lines, for messages
     "-fsanitize=thread",  # a call before each access, which the runtime answers: libtsan is not linked
@@ -143,17 +144,25 @@ def build(text: str, directory: Path, arch: str = "sm_80") -> Path:
         return target
     runtime = _build_runtime(directory)
     source = directory / f"{key}.cpp"
-    source.write_text(f'#include <cuda_runtime.h>\n#line 1 "{key}.cu"\n{translate(text)}')
+    unknown: list[str] = []
+    source.write_text(f'#include <cuda_runtime.h>\n#line 1 "{key}.cu"\n{translate(text, unknown)}')
     flags = [*_KERNEL, f"-I{_HERE / 'include'}", f"-I{libinfo.find_include_path()}", f"-D__CUDA_ARCH__={number[1]}0"]
     libraries = ["-Wl,--wrap=memcpy,--wrap=memset", str(runtime), libinfo.find_libtvm_ffi()]
-    _make(flags, source, libraries, target)
+    try:
+        _make(flags, source, libraries, target)
+    except BuildError as error:
+        met = re.search(rf"{UNKNOWN}(\d+)", str(error)) if unknown else None
+        if met is not None:
+            raise TranslationError(unknown[int(met[1])]) from None
+        raise
     return target
 
 
 class _Loaded:
-    """The runtime, once loaded into this process."""
+    """The runtime, once loaded into this process; it has the tensors of one call at a time."""
 
     library: ctypes.CDLL | None = None
+    calls = threading.Lock()
 
 
 def _runtime(directory: Path | None = None) -> ctypes.CDLL:
@@ -234,7 +243,6 @@ def reset_statistics() -> None:
 def _call_checked(function: Any, arguments: Sequence[Any]) -> None:
     """Call with every access to global memory checked against the tensors given."""
     library = _runtime()
-    library.emulator_allow_all()
     library.emulator_allow(0, 0, b"nothing")
     for number, tensor in enumerate(arguments):
         if isinstance(tensor, torch.Tensor) and tensor.numel():
@@ -279,11 +287,14 @@ def run(function: Any, *arguments: Any, seeds: Sequence[int] = (0, 1), identical
     """
     tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor)]
     first: list[Any] | None = None
+    counts = statistics()
     for seed in seeds:
         copies = [argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-        set_seed(seed)
-        reset_statistics()
-        _call_checked(function, copies)
+        with _Loaded.calls:
+            set_seed(seed)
+            reset_statistics()
+            _call_checked(function, copies)
+            counts = statistics()
         if first is None:
             first = copies
         elif identical:
@@ -296,4 +307,4 @@ def run(function: Any, *arguments: Any, seeds: Sequence[int] = (0, 1), identical
     if first is not None:
         for i in tensors:
             arguments[i].copy_(first[i])
-    return statistics()
+    return counts

@@ -18,6 +18,7 @@ _SHARED = re.compile(
 )
 
 
+UNKNOWN = "emulator_unknown_instruction_"
 # Members of a launch configuration have the same names.
 _INDEX = re.compile(r"(?<!\.)(?<!->)\b(threadIdx|blockIdx|blockDim|gridDim)\b")
 _INDEX_FUNCTIONS = {
@@ -112,7 +113,7 @@ def _operands(section: str) -> list[Operand]:
     return operands
 
 
-def _translate_asm(text: str) -> str:
+def _translate_asm(text: str, unknown: list[str] | None) -> str:
     result, position = [], 0
     literals = [piece for piece in _skipped(text) if text[piece.begin] == '"']
     for match in _ASM.finditer(text):
@@ -126,9 +127,11 @@ def _translate_asm(text: str) -> str:
         try:
             code = translate_template(template, operands, is_plain=len(sections) == 1)
         except PtxError as error:
-            raise TranslationError(
-                f"inline assembly that the emulator does not know: {error}\nin: asm({statement})"
-            ) from None
+            message = f"inline assembly that the emulator does not know: {error}\nin: asm({statement})"
+            if unknown is None:
+                raise TranslationError(message) from None
+            code = f"{UNKNOWN}{len(unknown)}()"
+            unknown.append(message)
         result.append(text[position : match.start()])
         result.append(
             code + "".join(re.findall(r"\\?\n", text[match.start() : end]))
@@ -167,7 +170,7 @@ def _translate_shared(text: str) -> str:
     return result
 
 
-def translate(text: str) -> str:
+def translate(text: str, unknown: list[str] | None = None) -> str:
     """
     The C++ text that runs a CUDA text on the emulator; lines keep their numbers.
 
@@ -175,6 +178,9 @@ def translate(text: str) -> str:
     ----------
     text : str
         Device and host code of one translation unit.
+    unknown : list of str, optional
+        Takes the messages for instructions that are not known, which then become calls of functions that do not exist: the
+        preprocessor may yet drop them. Their names are `UNKNOWN` and the index of the message.
 
     Returns
     -------
@@ -186,5 +192,5 @@ def translate(text: str) -> str:
     TranslationError
         An instruction, an operand or a declaration that is not known; the message shows its text.
     """
-    text = _translate_shared(_translate_asm(_blank_comments(text)))
+    text = _translate_shared(_translate_asm(_blank_comments(text), unknown))
     return _INDEX.sub(lambda match: _INDEX_FUNCTIONS[match[0]], text)

@@ -13,6 +13,8 @@ from bitblas.target import Target, resolve_target
 
 #: Buckets: one row, a few, a tile of tensor cores, and many.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+#: The rule that decodes weights for torch's product.
+DENSE_RULE = "cuda_dense"
 
 
 def _config(a_dtype: str, w_dtype: str, N: int, K: int, **fields: object) -> MatmulConfig:
@@ -64,6 +66,7 @@ def check(config: MatmulConfig, m: int, target: str = "cuda", device: str = "cud
     for exact in (False, True):
         problem = reference.draw(config, m + 1, exact=exact)
         problem = reference.on_tensor_cores(problem) if op.layout.is_fragments else problem
+        problem = reference.by_torch(problem) if op.plan.kernels[-1].rule == DENSE_RULE else problem
         weight = op.transform_weight(problem.weights).to(device)
         extras = {name: tensor.to(device) for name, tensor in problem.extras.items()}
         for rows in {max(1, m - 1), m, m + 1}:

@@ -12,10 +12,8 @@ import hypothesis
 import pytest
 import torch
 
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[1]),
-]  # for `import reference` and `import emulator`
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import emulator`
+sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`
 
 import devices  # noqa: E402 - found by the path above
 
@@ -31,6 +29,9 @@ def pytest_addoption(parser):
         choices=devices.DEVICES,
         help="where the tests of run/ run operators (cpu; with -m cuda: cuda); emulated: a card's text, on this CPU; mirrored: "
         "this CPU, on copies",
+    )
+    group.addoption(
+        "--every", type=int, default=1, metavar="N", help="run every N-th test only, of those that were chosen"
     )
     group.addoption("--store", default=None, help="artifact store to use and keep; default: a fresh one for each run")
 
@@ -64,8 +65,20 @@ def pytest_unconfigure(config):
         shutil.rmtree(made, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    """Before tests are chosen by their marks, give them theirs; afterwards leave all but every N-th out."""
+    _mark_for_cards(config, items)
+    result = yield
+    step = config.getoption("--every")
+    left_out = [item for place, item in enumerate(items) if place % step]
+    if left_out:
+        items[:] = items[::step]
+        config.hook.pytest_deselected(items=left_out)
+    return result
+
+
+def _mark_for_cards(config, items):
     """Mark what says something about cards, where operators are for one; leave out what does not."""
     device, kept, left_out = config.stash[_DEVICE], [], []
     no_card = pytest.mark.skip(reason="there is no CUDA device")

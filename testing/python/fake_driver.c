@@ -4,6 +4,7 @@
 
 static char log_text[1 << 16];
 static int fail_launch;
+static void* current;
 
 static int note(const char* text) {
   strncat(log_text, text, sizeof log_text - strlen(log_text) - 1);
@@ -34,6 +35,7 @@ static int note_numbers(const char* name, int count, const long long* values) {
 }
 
 const char* fake_log(void) { return log_text; }
+void fake_set_current(int device) { current = (void*)(intptr_t)(100 + device); }
 void fake_reset(int fail) { log_text[0] = 0; fail_launch = fail; }
 
 int cuInit(unsigned flags) { return flags; }
@@ -43,8 +45,9 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
   long long values[] = {device};
   return note_numbers("retain", 1, values);
 }
-int cuCtxPushCurrent_v2(void* context) { long long v[] = {(intptr_t)context}; return note_numbers("push", 1, v); }
-int cuCtxPopCurrent_v2(void** context) { *context = 0; return note("pop"); }
+int cuCtxGetCurrent(void** context) { *context = current; return 0; }
+int cuCtxPushCurrent_v2(void* context) { current = context; long long v[] = {(intptr_t)context}; return note_numbers("push", 1, v); }
+int cuCtxPopCurrent_v2(void** context) { *context = current; current = 0; return note("pop"); }
 int cuModuleLoadData(void** module, const char* image) {
   *module = (void*)7;
   char line[64] = "load ";

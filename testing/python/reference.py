@@ -191,6 +191,8 @@ class Problem:
         float64 (N, groups): what `zeros` means.
     codebook : str or None
         The dtype to which the values of a codebook are rounded before they are multiplied, where they are.
+    rounded : str or None
+        The dtype to which the weights, with scale and zeros, are rounded before they are multiplied, where they are.
     """
 
     config: object
@@ -202,6 +204,7 @@ class Problem:
     bias: torch.Tensor | None = None
     seed: int = field(default=0)
     codebook: str | None = None
+    rounded: str | None = None
 
     @property
     def weights(self) -> torch.Tensor:
@@ -248,6 +251,14 @@ class Problem:
         dense = q * s + z if self.config.zeros_mode == "rescale" else (q + z) * s
         return self.activations.abs() @ dense.T
 
+    def rounding(self) -> torch.Tensor:
+        """u(decode) · ‖A ∘ (|q| + |z|)·s‖₂ of the bound: (m, N)."""
+        if self.rounded is None or self.config.W_dtype == self.config.A_dtype:
+            return torch.zeros(())
+        q, s, z = (part.abs() for part in self.parts())
+        dense = q * s + z if self.config.zeros_mode == "rescale" else (q + z) * s
+        return ROUNDOFF[self.rounded] * (self.activations.square() @ dense.square().T).sqrt()
+
     def output(self) -> torch.Tensor:
         """The float64 (m, N) result, before it is rounded to out_dtype."""
         out = self.activations @ self.dense().T
@@ -274,6 +285,11 @@ def on_tensor_cores(problem: Problem) -> Problem:
     if problem.config.W_dtype != "nf4":
         return problem
     return replace(problem, codebook="bfloat16" if problem.config.A_dtype == "bfloat16" else "float16")
+
+
+def by_torch(problem: Problem) -> Problem:
+    """The problem as it is solved where weights are decoded for torch: with all of them rounded to A's dtype."""
+    return replace(problem, rounded=problem.config.A_dtype)
 
 
 def _draw_codes(cfg: object, shape: tuple[int, int], exact: bool, generator: torch.Generator) -> torch.Tensor:
@@ -422,10 +438,11 @@ def rounded(values: torch.Tensor, out_dtype: str) -> torch.Tensor:
 def bound(problem: Problem) -> torch.Tensor:
     """Largest allowed distance from the float64 result, (m, N).
 
-    2·√K·u(accum)·S + u(out)·|ref|, and half a subnormal number of out_dtype, where u stops being relative. Decoding is done in
-    float32, which is why its term is absent. Integer operands are accumulated exactly, and an int8 A beside floats in float32,
-    or in float64 where int32 is asked for; that reaches 16 bits by way of float32. An A that is quantized on the fly is as
-    one of int8, and its scale costs two roundings more.
+    2·√K·u(accum)·S + 4·u(decode)·‖A ∘ (|q| + |z|)·s‖₂ + u(out)·|ref|, and half a subnormal number of out_dtype, where u
+    stops being relative. u(decode) is 0 where decoding is done in float32, and the problem not one of `by_torch`. Integer
+    operands are accumulated exactly, and an int8 A beside floats in float32, or in float64 where int32 is asked for; that
+    reaches 16 bits by way of float32. An A that is quantized on the fly is as one of int8, and its scale costs two
+    roundings more.
     """
     cfg = problem.config
     exact = cfg.accum_dtype == "int32" or cfg.out_dtype in _INTEGERS
@@ -437,6 +454,7 @@ def bound(problem: Problem) -> torch.Tensor:
     if cfg.out_dtype in _INTEGERS:
         return allowed + 0.5 if not problem.is_integer else allowed
     rounding = ROUNDOFF[cfg.out_dtype] + (ROUNDOFF["float32"] if accum == "float64" else 0.0)
+    allowed = allowed + 4 * problem.rounding()
     return allowed + rounding * problem.output().abs() + _HALF_SUBNORMAL[cfg.out_dtype]
 
 

@@ -21,9 +21,13 @@ from .._version import __version__
 from ..artifacts import ArtifactStore
 from ..build import find_compiler
 from ..config import MatmulConfig
+from ..cuda.compile import GET_CUDA_COMPILER
+from ..cuda.nvcc import find_nvcc, nvcc_version
+from ..cuda.nvrtc import find_nvrtc, nvrtc_version
 from ..errors import BitBLASError, ConfigError, UnsupportedError
-from ..plan import plan_matmul
-from ..target import host_features, resolve_target
+from ..machines import Card
+from ..plan import OLDEST_CAPABILITY, plan_matmul
+from ..target import device_arch, device_card, host_features, resolve_target
 
 #: What an installation consists of, with the command that gets it; only the versions of the ffi matter to the letter.
 _PACKAGES = {
@@ -73,7 +77,11 @@ class Fact:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report."""
-    facts = [fact for part in (_versions, _target, _toolchain, _cache, _settings) for fact in _guarded(part)]
+    facts = [
+        fact
+        for part in (_versions, _target, _toolchain, _devices, _cuda_compilers, _cache, _settings)
+        for fact in _guarded(part)
+    ]
     if options.json:
         print(json.dumps([asdict(fact) for fact in facts], indent=1))
         return 0
@@ -136,9 +144,12 @@ def _target() -> Iterator[Fact]:
             features = target.features
         yield Fact("target", "target", str(target))
         yield Fact("target", "instruction sets", target.isa)
-        missing = features - host_features()
+        missing = features - host_features() if target.kind == "llvm" else frozenset()
         lacks = f"this machine cannot run it: it lacks {', '.join(sorted(missing))}" if missing else ""
-        yield Fact("target", "features", ", ".join(sorted(features)) or "none", lacks)
+        if target.card is not None:
+            yield Fact("target", "card", _describe_card(target.card))
+        else:
+            yield Fact("target", "features", ", ".join(sorted(features)) or "none", lacks)
         for what, (a_dtype, w_dtype) in _KINDS.items():
             config = MatmulConfig(N=64, K=64, A_dtype=a_dtype, W_dtype=w_dtype)
             try:
@@ -152,9 +163,42 @@ def _target() -> Iterator[Fact]:
     except ImportError:
         yield Fact("target", "target", f"{env.TARGET.text()}, a CPU that only LLVM knows: looked up when TVM is loaded")
     yield Fact("target", "threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs (torch.set_num_threads)")
-    # asked of torch's build, not of the device: this looks at no GPU
-    cuda = torch.version.cuda
-    yield Fact("target", "cuda", f"torch is built for CUDA {cuda}; bitblas has no CUDA kernels yet" if cuda else "none")
+
+
+def _devices() -> Iterator[Fact]:
+    import torch
+
+    if not torch.version.cuda:
+        yield Fact("cuda", "devices", "none: torch is built without CUDA")
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        yield Fact("cuda", "devices", f"none: torch is built for CUDA {torch.version.cuda}, and sees no device")
+    for index in range(count):
+        arch = device_arch(index)
+        old = int(arch[3:]) < OLDEST_CAPABILITY
+        hint = f"supported from compute capability {OLDEST_CAPABILITY / 10} on" if old else ""
+        name = torch.cuda.get_device_name(index)
+        yield Fact("cuda", f"cuda:{index}", f"{name}: {arch}, {_describe_card(device_card(index))}", hint)
+
+
+def _describe_card(card: Card) -> str:
+    speed = f", {card.memory_gbs} GB/s" if card.memory_gbs else ""
+    return (
+        f"{card.num_sms} multiprocessors, {card.shared_bytes >> 10} KB of shared memory a block, "
+        f"{card.l2_bytes / (1 << 20):.0f} MB of L2{speed}"
+    )
+
+
+def _cuda_compilers() -> Iterator[Fact]:
+    try:
+        nvcc, nvrtc = find_nvcc(), find_nvrtc()
+    except BitBLASError as error:
+        yield Fact("cuda", "nvcc", f"none: {error}", "correct BITBLAS_NVCC, or unset it")
+        return
+    yield Fact("cuda", "nvcc", f"{nvcc_version(nvcc)} ({nvcc})" if nvcc else "none")
+    hint = "" if nvcc or nvrtc else f"to build operators for cards: {GET_CUDA_COMPILER}"
+    yield Fact("cuda", "NVRTC", f"{nvrtc_version(nvrtc)} ({nvrtc})" if nvrtc else "none", hint)
 
 
 def _toolchain() -> Iterator[Fact]:

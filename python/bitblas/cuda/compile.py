@@ -11,27 +11,32 @@ from typing import TYPE_CHECKING
 from ..errors import BuildError
 from .driver import CubinModule
 from .launches import Launch, read_launches
-from .nvcc import compile_library, find_nvcc, nvcc_version
+from .nvcc import compile_library, find_nvcc, has_host_compiler, nvcc_version
 from .nvrtc import compile_cubin, find_nvrtc, nvrtc_version
 from .source import cuda_source, kernel_source
 
 if TYPE_CHECKING:
     import tvm
 
+#: What to run where there is neither nvcc nor NVRTC.
+GET_CUDA_COMPILER = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
+
 
 def find_cuda_compiler() -> str:
-    """The command of nvcc, else the path of NVRTC's library.
+    """The command of nvcc, else the path of NVRTC's library; this also where nvcc has no C++ compiler to work with.
 
     Raises
     ------
     BuildError
         Neither is there, or BITBLAS_NVCC names a program that is not.
     """
-    found = find_nvcc() or find_nvrtc()
+    found = find_nvcc()
+    if found is None or not has_host_compiler(found):
+        found = find_nvrtc() or found
     if found is None:
         raise BuildError(
             "compiling an operator for a card needs nvcc or NVRTC, and there is neither; install one, such as by: "
-            "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime; or name an nvcc in BITBLAS_NVCC"
+            f"{GET_CUDA_COMPILER}; or name an nvcc in BITBLAS_NVCC"
         )
     return found
 

@@ -138,17 +138,24 @@ class _OnDevice:
             check(self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())), "cuCtxPopCurrent")
 
     def launch(self, launches: Sequence[Launch], tensors: Sequence[torch.Tensor]) -> None:
-        """Launch kernels one after the other."""
-        stream = ctypes.c_void_p(current_stream(self._index))
+        """Launch kernels one after the other, in the context of the device."""
+        now = ctypes.c_void_p()
+        check(self._cuda.cuCtxGetCurrent(ctypes.byref(now)), "cuCtxGetCurrent")
+        if now.value == self._context.value:  # as it mostly is
+            self._launch(launches, tensors)
+            return
         with self._current():
-            for one in launches:
-                values = [_TYPES[kind](evaluate(value, tensors)) for kind, value in one.arguments]
-                given = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-                grid = [max(1, evaluate(size, tensors)) for size in one.grid]
-                block = [max(1, evaluate(size, tensors)) for size in one.block]
-                shared = evaluate(one.shared, tensors)
-                function = self._function(one.kernel, shared)
-                check(self._cuda.cuLaunchKernel(function, *grid, *block, shared, stream, given, None), "cuLaunchKernel")
+            self._launch(launches, tensors)
+
+    def _launch(self, launches: Sequence[Launch], tensors: Sequence[torch.Tensor]) -> None:
+        stream = ctypes.c_void_p(current_stream(self._index))
+        for one in launches:
+            values = [_TYPES[kind](evaluate(value, tensors)) for kind, value in one.arguments]
+            given = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+            sizes = [max(1, evaluate(size, tensors)) for size in (*one.grid, *one.block)]
+            shared = evaluate(one.shared, tensors)
+            function = self._function(one.kernel, shared)
+            check(self._cuda.cuLaunchKernel(function, *sizes, shared, stream, given, None), "cuLaunchKernel")
 
     def _function(self, name: str, shared: int) -> ctypes.c_void_p:
         """The kernel, allowed so much dynamic shared memory."""

@@ -20,6 +20,8 @@ from .resources import KernelResources, parse_ptxas
 _NOISE = "174,177,550"
 _DIRECTORIES = ("CUDA_HOME", "CUDA_PATH")
 _USUAL = "/usr/local/cuda"
+#: What nvcc adds to its arguments.
+_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
 def find_nvcc() -> str | None:
@@ -60,6 +62,12 @@ def package_files(pattern: str) -> list[Path]:
     roots = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     found = [path for root in roots for path in Path(root).glob(f"nvidia/*/{pattern}")]
     return sorted(found, key=lambda path: [int(part) for part in re.findall(r"\d+", path.as_posix())], reverse=True)
+
+
+def has_host_compiler(nvcc: str) -> bool:
+    """Whether a command of nvcc finds the C++ compiler that it needs, as far as can be told without running it."""
+    named = " ".join([nvcc, *(os.environ.get(name, "") for name in _FLAGS)])
+    return bool(os.environ.get("NVCC_CCBIN")) or "-ccbin" in named or shutil.which("g++") is not None
 
 
 @cache

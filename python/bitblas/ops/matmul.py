@@ -113,7 +113,7 @@ class Matmul(WithWeights, WithFacts):
         record: dict[str, Any] | None = None,
         dense_cache: bool = False,
     ) -> None:
-        self.config, self.name, self.backend, self.dense_cache = config, name, backend, bool(dense_cache)
+        self.config, self.name, self.backend, self._dense_cache = config, name, backend, bool(dense_cache)
         self.target: Target = plan.target
         self.plan = plan
         self._tuning_record = record
@@ -211,7 +211,7 @@ class Matmul(WithWeights, WithFacts):
 
     def _own(self, kernels: Kernels) -> Kernels:
         """Kernels that others may share, with what this operator keeps."""
-        return kernels.keep_dense() if self.dense_cache else kernels
+        return kernels.keep_dense() if self._dense_cache else kernels
 
     @property
     def provided(self) -> Provided | None:
@@ -355,7 +355,7 @@ class Matmul(WithWeights, WithFacts):
         return type(self)._unpickle, (
             *(self.config, self.target, self.plan.tilings, self.name, self.backend, root),
             self._tuning_record,
-            self.dense_cache,
+            self._dense_cache,
         )
 
     @classmethod

@@ -110,8 +110,6 @@ static void check_global(uintptr_t address, size_t bytes, Access access, uint32_
       return;
     }
   if (address >= library_begin && address + bytes <= library_end) return;
-  const Thread& self = *state.current;
-  if (address >= uintptr_t(self.stack_begin) && address + bytes <= uintptr_t(self.stack_end)) return;
   out_of_bounds(address, bytes, access, place);
 }
 
@@ -194,11 +192,12 @@ void check_access(const void* pointer, size_t bytes, Access access, int thread, 
   check_global(uintptr_t(pointer), bytes, access, place);
 }
 
-constexpr long patience = 200'000'000;  // accesses of one thread without giving way: it spins
+constexpr long patience = 50'000'000;  // accesses of one thread without giving way: it spins
 
 static inline void on_access(const void* pointer, size_t bytes, Access access, const void* from) {
   Thread* self = state.current;
   if (self == nullptr) return;  // the launcher
+  if (size_t(static_cast<const char*>(pointer) - self->stack_begin) < stack_bytes) return;
   const uint32_t place = uint32_t(uintptr_t(from) - 1 - library_begin);
   if (++self->accesses > patience)
     fail("no progress: a thread spins%s (blocks run one after the other)", place_name(place).c_str());

@@ -42,6 +42,7 @@ struct Warp {
 
 struct Barrier {
   int arrived_warps, expected_warps;
+  unsigned who_arrived;  // a bit for each warp
   std::vector<int> waiting;  // warps
   uint32_t joined[max_warps];
   int line;

@@ -43,6 +43,7 @@ void begin_block_of_warps() {
   for (auto& waiting : barrier_waiting) waiting.clear();
   for (Barrier& barrier : state.barriers) {
     barrier.arrived_warps = 0;
+    barrier.who_arrived = 0;
     barrier.waiting.clear();
     memset(barrier.joined, 0, sizeof barrier.joined);
   }
@@ -105,7 +106,7 @@ void thread_exited(Thread& thread) {
       fail("line %d: %s of warp %d waits for lane %d, which has exited", other.line, other.name, thread.warp, thread.lane);
   for (int i = 0; i < max_barriers; ++i) {
     const Barrier& barrier = state.barriers[i];
-    if (barrier.arrived_warps != 0 && barrier.expected_warps == state.warp_count)
+    if (barrier.arrived_warps != 0 && barrier.expected_warps == state.warp_count && !(barrier.who_arrived >> thread.warp & 1))
       fail("line %d: deadlock: barrier %d waits for thread %d, which has exited", barrier.line, i, thread.number);
   }
   warp.exited |= 1u << thread.lane;
@@ -132,6 +133,7 @@ static void complete_barrier(int number) {
   barrier_waiting[number].clear();
   barrier.waiting.clear();
   barrier.arrived_warps = 0;
+  barrier.who_arrived = 0;
   memset(barrier.joined, 0, sizeof barrier.joined);
   ++state.statistics.barriers;
 }
@@ -158,8 +160,11 @@ static void warp_at_barrier(Gathering& gathering) {
   if (barrier.arrived_warps != 0 && barrier.expected_warps != expected)
     fail("line %d: barrier %d expects %d warps, and %d at line %d", gathering.line, number, expected, barrier.expected_warps,
          barrier.line);
-  if (expected == state.warp_count && state.exited_count != 0)
-    fail("line %d: deadlock: barrier %d waits for %d threads that have exited", gathering.line, number, state.exited_count);
+  barrier.who_arrived |= 1u << self.warp;
+  for (int w = 0; expected == state.warp_count && w < state.warp_count; ++w)
+    if (state.warps[w].exited != 0 && !(barrier.who_arrived >> w & 1))
+      fail("line %d: deadlock: barrier %d waits for %s of warp %d, which has exited", gathering.line, number,
+           describe(state.warps[w].exited), w);
   barrier.expected_warps = expected;
   barrier.line = gathering.line;
   end_epoch(warp, self.warp);

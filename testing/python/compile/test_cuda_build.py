@@ -2,26 +2,30 @@
 
 import ctypes
 import json
+import pickle
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import bitblas
 from bitblas import ArgumentError, BuildError, Matmul, MatmulConfig, UnsupportedError, env
 from bitblas.build import compile_cuda, find_compiler
+from bitblas.cache.database import Database
 from bitblas.cuda import compile as compiling
 from bitblas.cuda import driver
 from bitblas.cuda.launches import Launch, read_launches
 from bitblas.cuda.nvcc import find_nvcc
 from bitblas.cuda.nvrtc import find_nvrtc
 from bitblas.cuda.resources import read_resources
+from bitblas.machines import Card
 from bitblas.ops import provider
 from bitblas.plan import plan_matmul
 from bitblas.runtime import Kernels, load_kernels
+from bitblas.target import resolve_target
 from naive_cuda import NaiveTiling, naive_rules
 from scripts import report
 
@@ -70,7 +74,7 @@ def test_nvcc_builds_what_a_machine_without_a_card_stores_and_loads(store):
     assert (again.origin, again.artifact.key) == ("loaded", op.artifact.key)
     # the compiler is no part of the key, cards of one capability share, capabilities do not
     assert Matmul(CONFIG, target="nvidia/nvidia-h200").artifact.key == op.artifact.key
-    assert provider.plan_key(plan_matmul(CONFIG, bitblas.target.resolve_target("cuda -arch=sm_80"))) != op.artifact.key
+    assert provider.plan_key(plan_matmul(CONFIG, resolve_target("cuda -arch=sm_80"))) != op.artifact.key
 
 
 @no_card
@@ -153,11 +157,24 @@ def test_without_a_compiler_the_error_names_a_package(store, without_nvcc, monke
         Matmul(CONFIG, target=TARGET)
 
 
+@needs_nvcc
+def test_what_one_card_saved_another_of_its_capability_loads(store, tmp_path):
+    large = replace(resolve_target(TARGET), card=Card(200, 1 << 17, 1 << 26, 4000))
+    op = Matmul(CONFIG, target=large)
+    assert pickle.loads(pickle.dumps(op)).target == large
+    database = Database(tmp_path / "database")
+    database.save(op)
+    (found,) = database.load(resolve_target(TARGET))
+    assert (found.origin, found.target, found.plan) == ("loaded", large, op.plan)
+    assert database.find(CONFIG, resolve_target(TARGET)).artifact.key == op.artifact.key
+    assert database.load(resolve_target("cuda -arch=sm_80")) == []
+
+
 # -- workspaces ------------------------------------------------------------------------------------------------------------
 
 
 def test_kernels_that_ask_for_a_workspace_get_one(monkeypatch):
-    target = bitblas.target.resolve_target(TARGET)
+    target = resolve_target(TARGET)
     plan = plan_matmul(CONFIG, target, {16: NaiveTiling(1, 64, 16, partial_rows=2)})
     calls = []
     module = {name: lambda *tensors, name=name: calls.append((name, tensors)) for name in ("matmul_0", "matmul_1")}
@@ -198,6 +215,7 @@ def fake_driver(tmp_path, monkeypatch):
         return lines
 
     log.fail = lambda: library.fake_reset(1)
+    log.set_current = library.fake_set_current
     library.fake_reset(0)
     return log
 
@@ -231,6 +249,11 @@ def test_nvrtc_builds_and_its_kernels_are_launched_by_the_driver(store, without_
     assert [line.split()[0] for line in fake_driver()] == ["push", "launch", "pop"]
     call(*on(0, *tensors))  # another device loads it for itself
     assert [line.split()[0] for line in fake_driver()][:3] == ["retain", "push", "load"]
+    fake_driver.set_current(1)  # as torch has it
+    call(*on(1, *tensors))
+    assert [line.split()[0] for line in fake_driver()] == ["launch"]
+    call(*on(0, *tensors))
+    assert [line.split()[0] for line in fake_driver()] == ["push", "launch", "pop"]
     fake_driver.fail()
     with pytest.raises(RuntimeError, match=r"^CUDA: cuLaunchKernel failed: CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES$"):
         call(*on(1, *tensors))
@@ -253,7 +276,7 @@ def test_the_driver_tells_captures_apart(fake_driver):
 
 
 def test_launches_are_read_from_the_host_functions():
-    plan = plan_matmul(CONFIG, bitblas.target.resolve_target(TARGET), {16: NaiveTiling(1, 64, 16, partial_rows=2)})
+    plan = plan_matmul(CONFIG, resolve_target(TARGET), {16: NaiveTiling(1, 64, 16, partial_rows=2)})
     compiled, _ = compile_cuda(plan)
     found = read_launches(compiled.host)
     assert sorted(found) == ["matmul_0", "matmul_1"]

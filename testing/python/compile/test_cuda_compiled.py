@@ -80,6 +80,7 @@ def test_promised_instructions(arch, fields, promised, tmp_path):
     for kernel in kernels:
         staged = "cp.async.cg.shared.global" in kernel
         assert staged == (arch != "sm_75" and not kernel.startswith("matmul_0"))
-        for instruction in (*promised, "lop3.b32", "ld.global.nc.L1::no_allocate.v4.u32"):
+        weights = "cp.async.cg.shared.global.L2::128B" if staged else "ld.global.nc.L1::no_allocate.v4.u32"
+        for instruction in (*promised, "lop3.b32", weights):
             assert instruction in kernel, instruction
         assert not re.search(r"\bld\.local|\bst\.local", kernel)

@@ -170,3 +170,19 @@ def test_every_tiling(m, w_dtype):
         plan = plan_matmul(cfg, target, {m: tiling})
         assert plan.kernels[0].tiling == tiling
         check(Matmul.restore(cfg, plan), (max(1, m - 3), m + 1))
+
+
+@pytest.mark.parametrize("a_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("m", [16, 32, 64, 128])
+def test_loads_of_activations_meet_all_banks(m, a_dtype):
+    """Shared memory serves 128 bytes at once: those of 8 threads of 16 bytes, or of 16 threads of 8, in 32 banks."""
+    fields = {"A_dtype": a_dtype, "W_dtype": "int4", "with_scaling": True, "group_size": 64}
+    cfg, target = config(M=(m,), N=4096, K=4096, **fields), resolve_target("cuda -arch=sm_90")
+    rule = next(rule for rule in RULES if rule.name == "cuda_mma")
+    for tiling in rule.tilings(Problem(cfg, native_layout(cfg, target), target, m)):
+        size = 16 if a_dtype == "float16" else 8
+        at_once = 128 // size
+        for first in range(0, 32, at_once):
+            starts = [lane // 4 * tiling.row_bytes(cfg) + lane % 4 * size for lane in range(first, first + at_once)]
+            assert all(start % 16 == 0 or size == 8 for start in starts)
+            assert len({(start + byte) % 128 for start in starts for byte in range(0, size, 4)}) == 32

@@ -180,9 +180,9 @@ OPERATORS = [
         r"haswell is no CPU of aarch64$",
     ),
     (
-        lambda: Matmul(MatmulConfig(**BASE), target="cuda -arch=sm_90"),
+        lambda: Matmul(MatmulConfig(**BASE), target="nvidia/tesla-v100"),
         UnsupportedError,
-        r"(?s)^no schedule rule .* on cuda -arch=sm_90:\n  avx512_bf16, .*: is for llvm targets, not cuda",
+        r"^target cuda -arch=sm_70: cards of compute capability 7\.5 and later are supported",
     ),
     (
         lambda: Matmul(MatmulConfig(**BASE), target={"kind": "opencl"}),

@@ -10,6 +10,7 @@ import torch
 
 import bitblas
 from bitblas import MatmulConfig, env
+from bitblas.cli import info
 from bitblas.cuda import compile as compiling
 from bitblas.cuda import driver, nvcc, nvrtc, workspaces
 from bitblas.cuda.launches import Launch, evaluate
@@ -114,8 +115,13 @@ def test_where_nvrtc_is_looked_for(nothing, monkeypatch):
     assert nvrtc.find_headers(str(libraries[13])) == header.parent
     with pytest.raises(BuildError, match="NVRTC cannot be loaded"):
         nvrtc.compile_cubin(str(libraries[13]), "", "sm_90")
-    program(nothing / "bin" / "nvcc", "exit 0")  # which comes first
-    assert compiling.find_cuda_compiler() == str(nothing / "bin" / "nvcc")
+    nvcc_here = program(nothing / "bin" / "nvcc", "exit 0")
+    assert compiling.find_cuda_compiler() == str(libraries[13])  # there is no C++ compiler for nvcc
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-ccbin /opt/g++")
+    assert compiling.find_cuda_compiler() == str(nvcc_here)
+    monkeypatch.delenv("NVCC_APPEND_FLAGS")
+    program(nothing / "bin" / "g++", "exit 0")
+    assert compiling.find_cuda_compiler() == str(nvcc_here)
 
 
 def test_what_nvcc_compiles_for(tmp_path):
@@ -333,6 +339,29 @@ def test_targets_take_the_numbers_of_the_cards_that_are_here(cards):
     with env.scope(BITBLAS_TARGET="llvm"):
         assert resolve_target().kind == "llvm"
     assert bitblas.auto_detect_nvidia_target(1) == "cuda -arch=sm_86"
+
+
+def test_info_shows_the_cards(cards, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    cards.devices.append(((7, 0), {"multi_processor_count": 80}))
+    found = {fact.name: (fact.value, fact.hint) for fact in info._devices()}
+    numbers = "132 multiprocessors, 227 KB of shared memory a block, 60 MB of L2, 3352 GB/s"
+    assert found["cuda:0"] == (f"Card 0: sm_90, {numbers}", "")
+    assert found["cuda:1"][0].startswith("Card 1: sm_86, 28 multiprocessors")
+    assert found["cuda:2"][1] == "supported from compute capability 7.5 on"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (nothing,) = info._devices()
+    assert nothing.value == "none: torch is built for CUDA 13.0, and sees no device"
+
+
+def test_info_names_what_to_install(nothing, tmp_path):
+    found = {fact.name: (fact.value, fact.hint) for fact in info._cuda_compilers()}
+    assert found["nvcc"] == ("none", "")
+    assert found["NVRTC"] == ("none", f"to build operators for cards: {compiling.GET_CUDA_COMPILER}")
+    with env.scope(BITBLAS_NVCC="/no/such/nvcc"):
+        (fact,) = info._cuda_compilers()
+    assert "/no/such/nvcc" in fact.value
+    assert "BITBLAS_NVCC" in fact.hint
 
 
 def test_two_cards_of_one_kind_the_current_one_counts(cards):

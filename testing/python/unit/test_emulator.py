@@ -622,6 +622,39 @@ def test_a_kernel_with_barriers_is_right(program):
     assert (statistics.launches, statistics.blocks, statistics.threads, statistics.barriers) == (1, 1, 64, 4)
 
 
+_NAMED = """
+  __shared__ int tile[128];
+  const int t = threadIdx.x, group = t / 64, number = group + 1;
+  tile[t] = t;
+  asm volatile("bar.sync %0, 64;" :: "r"(number) : "memory");
+  out[t] = tile[t ^ XOR];
+  if (t < 64) {
+    tile[t ^ XOR] = 1000 + t;
+    asm volatile("bar.arrive 3, 128;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 3, 128;" ::: "memory");
+    out[t] += tile[127 - t];
+  }"""
+
+
+def test_named_barriers(program):
+    """Halves of a block that wait for themselves, then one that hands over to the other without waiting."""
+    out = torch.zeros(128, dtype=torch.int32)
+    emulator.run(program("int* out", _NAMED, "#define XOR 33", block="128"), out, seeds=range(3))
+    t = torch.arange(128)
+    assert torch.equal(out, ((t ^ 33) + torch.where(t < 64, 0, 1000 + ((127 - t) ^ 33))).to(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("XOR", "64"), ('asm volatile("bar.sync 3, 128;" ::: "memory");', 'asm volatile("bar.arrive 3, 128;");')],
+)
+def test_named_barriers_that_order_too_little(program, old, new):
+    function = program("int* out", _NAMED.replace(old, new), "#define XOR 33", block="128")
+    with pytest.raises(RuntimeError, match="shared memory race"):
+        emulator.run(function, torch.zeros(128, dtype=torch.int32), seeds=range(3))
+
+
 _RACE = "shared memory race: byte .* (read by .* in line 12 .* written by .* in line 10 |written by .* in line 10 .* read by)"
 _FAULTS = {
     "no barrier after a write": (
@@ -785,6 +818,23 @@ def test_launches_that_a_card_refuses(program, launch, arch, message):
 def test_texts_that_are_not_known(text, message):
     with pytest.raises(emulator.TranslationError, match=message):
         emulator.translate(text)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_instructions_that_another_architecture_has(program, arch):
+    """What the preprocessor drops need not be known."""
+    body = """
+#if __CUDA_ARCH__ >= 900
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+  out[0] = 7;"""
+    if arch == "sm_90a":
+        with pytest.raises(emulator.TranslationError, match=r"does not know: wgmma\.fence\.sync\.aligned\nin: asm"):
+            program("int* out", body, arch=arch)
+        return
+    out = torch.zeros(1, dtype=torch.int32)
+    emulator.run(program("int* out", body, block="1", arch=arch), out)
+    assert int(out) == 7
 
 
 def test_translation_keeps_lines():

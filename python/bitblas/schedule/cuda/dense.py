@@ -65,6 +65,8 @@ class DenseRule(ScheduleRule[DenseTiling]):
             return None
         if config.A_dtype not in _FLOATS:
             return f"multiplies {' and '.join(_FLOATS)}, not {config.A_dtype}"
+        if config.A_dtype == "bfloat16" and target.capability < 80:
+            return f"multiplies bfloat16 from capability 8.0 on, not on {target}"
         if config.N * config.K >= _MOST_WEIGHTS:
             return f"decodes fewer than {_MOST_WEIGHTS} weights at once"
         enough = _ENOUGH_ROWS_90 if target.capability >= 90 else _ENOUGH_ROWS
@@ -93,7 +95,9 @@ class DenseRule(ScheduleRule[DenseTiling]):
         schedule.compute_at(value, thread)
         if tiling.block_k > 1:
             schedule.unroll(schedule.get_loops(value)[-1])
-            schedule.vectorize(inner)
+            # before 8.0 TVM rounds to bfloat16 by integers, in vectors that C++ does not have
+            if problem.config.A_dtype != "bfloat16" or problem.target.capability >= 80:
+                schedule.vectorize(inner)
         return schedule.mod["main"].with_attr({"global_symbol": name})
 
 

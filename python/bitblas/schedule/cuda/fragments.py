@@ -20,6 +20,9 @@ FEW_ROWS = FRAGMENT_M
 #: Bytes of weights that a thread asks for ahead: 64 in each of 16 warps are 32 KB on their way for each multiprocessor, what a
 #: bandwidth of 35 bytes a nanosecond and a latency of 800 ns ask for.
 _AHEAD_BYTES = 64
+#: Rows up to which a block is as narrow as it may be. Each block reads all activations: eight rows of them are as many bytes as
+#: 32 columns of 4-bit weights.
+_NARROW_ROWS = 4
 #: k of a step at most, which bounds the registers of activations.
 _MOST_K = 256
 #: Warps of a block that share out K.
@@ -105,7 +108,8 @@ class FragmentRule(ScheduleRule[FragmentTiling]):
                     rows, FRAGMENT_N * n_tiles * warps, divisor_steps(config, wanted_k), warps, stages=_STAGES
                 )
                 tiling = _fitted(tiling, config, card)
-                if tiling.block_n < 2 * config.N and tiling not in found:
+                fits = tiling.block_n < 2 * config.N and tiling.shared_bytes(config) <= card.shared_bytes
+                if fits and tiling not in found:
                     found.append(tiling)
         found = found or [FragmentTiling(size if size < 64 else 64, FRAGMENT_N, FRAGMENT_K, stages=2)]
         return _with_parts(problem, found)
@@ -133,7 +137,7 @@ class FragmentGemvRule(FragmentRule):
         config = problem.config
         wanted_k = min(_MOST_K, FRAGMENT_K * max(1, _AHEAD_BYTES // (4 * config.format.bits)))
         found = []
-        for n_tiles in (1, 2):
+        for n_tiles in (1, 2) if problem.m <= _NARROW_ROWS else (2, 1):
             for step in dict.fromkeys((divisor_steps(config, wanted_k), divisor_steps(config, max(64, wanted_k // 2)))):
                 few = config.N // (FRAGMENT_N * n_tiles) <= _card(problem).num_sms
                 for warps in _WARPS_K_FEW if few else _WARPS_K:

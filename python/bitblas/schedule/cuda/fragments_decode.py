@@ -51,7 +51,7 @@ class Decoder:
     layout : PackedLayout
         "mma16" or "mma8".
     products : str
-        What tensor cores multiply: see `bitblas.schedule.cuda.fragments_program.products_of`.
+        What tensor cores multiply: see `bitblas.schedule.cuda.fragments_loads.products_of`.
     """
 
     def __init__(self, fmt: DataFormat, layout: PackedLayout, products: str) -> None:

@@ -11,7 +11,7 @@
 #define __host__
 #define __constant__
 #define __grid_constant__
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline  // only as far as it pays: texts that are inlined wholly take many times as long to compile
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
@@ -20,6 +20,7 @@
 #define __CUDACC_VER_MINOR__ 0
 #define CUDART_VERSION 13000
 #define EMULATOR_API __attribute__((visibility("default")))
+#define EMULATOR_TINY inline __attribute__((always_inline))
 #define EMULATOR_PLAIN __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 
 struct dim3 {

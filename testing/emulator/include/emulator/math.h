@@ -21,7 +21,7 @@ inline double max(double a, double b) { return fmax(a, b); }
 
 namespace emulator {
 template <typename To, typename From>
-inline To bit_cast(From from) {
+EMULATOR_TINY To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast between types of different sizes");
   To to;
   memcpy(&to, &from, sizeof(To));

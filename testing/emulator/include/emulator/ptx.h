@@ -35,33 +35,33 @@ inline constexpr bool is_pointer<T*> = true;
 
 // An operand with an input constraint: the register that nvcc would pass.
 template <typename Register, typename T>
-inline Register in(T value) {
+EMULATOR_TINY Register in(T value) {
   if constexpr (is_pointer<T>) return Register(uintptr_t(value));
   else return Register(value);
 }
 // To an operand with an output constraint.
 template <typename T, typename Register>
-inline void out(T& target, Register value) {
+EMULATOR_TINY void out(T& target, Register value) {
   static_assert(sizeof(T) == sizeof(Register), "an operand of another width than its constraint");
   memcpy(&target, &value, sizeof(T));
 }
 // The low bits of a register as a T, zero-extended where T is wider.
 template <typename T, typename Register>
-inline T as(Register value) {
+EMULATOR_TINY T as(Register value) {
   T result{};
   memcpy(&result, &value, sizeof(T) < sizeof(Register) ? sizeof(T) : sizeof(Register));
   return result;
 }
 template <typename Register, typename T>
-inline void set(Register& target, T value) {
+EMULATOR_TINY void set(Register& target, T value) {
   target = as<Register>(value);
 }
-inline void set(bool& target, bool value) { target = value; }
+EMULATOR_TINY void set(bool& target, bool value) { target = value; }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-inline char* shared(uint64_t address) { return shared_arena() + uint32_t(address); }
-inline char* global(uint64_t address) { return (char*)address; }
+EMULATOR_TINY char* shared(uint64_t address) { return shared_arena() + uint32_t(address); }
+EMULATOR_TINY char* global(uint64_t address) { return (char*)address; }
 
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
@@ -94,11 +94,11 @@ inline auto widened(T value) {
 
 // ---- integers -------------------------------------------------------------------------------------------------------
 
-inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
-  uint32_t result = 0;
-  for (uint32_t i = 0; i < 8; ++i)
-    if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
-  return result;
+EMULATOR_TINY uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
+  const auto term = [=](uint32_t i) {  // of the table's bit i, which stands for the bits of i in a, b and c
+    return (table >> i & 1 ? ~0u : 0u) & (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  };
+  return term(0) | term(1) | term(2) | term(3) | term(4) | term(5) | term(6) | term(7);
 }
 template <typename T>
 inline T shl(T a, uint32_t n) {
@@ -144,6 +144,7 @@ inline uint64_t pack64(uint32_t low, uint32_t high) { return uint64_t(high) << 3
 
 // ---- 16-bit floats, one in 16 bits or two in 32 ---------------------------------------------------------------------
 
+// None of these is inlined: each is much code, and texts have many.
 template <typename Format, typename Bits, typename Function>
 inline Bits by_half(Bits a, Bits b, Bits c, Function function) {
   Bits result = 0;
@@ -153,27 +154,27 @@ inline Bits by_half(Bits a, Bits b, Bits c, Function function) {
   return result;
 }
 template <typename Format, typename Bits>
-inline Bits half_fma(Bits a, Bits b, Bits c) {
+__noinline__ Bits half_fma(Bits a, Bits b, Bits c) {
   return by_half<Format>(a, b, c, [](double x, double y, double z) { return fma_to_odd(x, y, z); });
 }
 template <typename Format, typename Bits>
-inline Bits half_add(Bits a, Bits b) {
+__noinline__ Bits half_add(Bits a, Bits b) {
   return by_half<Format>(a, b, b, [](double x, double y, double) { return fma_to_odd(x, 1.0, y); });
 }
 template <typename Format, typename Bits>
-inline Bits half_sub(Bits a, Bits b) {
+__noinline__ Bits half_sub(Bits a, Bits b) {
   return by_half<Format>(a, b, b, [](double x, double y, double) { return fma_to_odd(x, 1.0, -y); });
 }
 template <typename Format, typename Bits>
-inline Bits half_mul(Bits a, Bits b) {
+__noinline__ Bits half_mul(Bits a, Bits b) {
   return by_half<Format>(a, b, b, [](double x, double y, double) { return x * y; });
 }
 template <typename Format, typename Bits>
-inline Bits half_max(Bits a, Bits b) {
+__noinline__ Bits half_max(Bits a, Bits b) {
   return by_half<Format>(a, b, b, [](double x, double y, double) { return fmax(x, y); });
 }
 template <typename Format, typename Bits>
-inline Bits half_min(Bits a, Bits b) {
+__noinline__ Bits half_min(Bits a, Bits b) {
   return by_half<Format>(a, b, b, [](double x, double y, double) { return fmin(x, y); });
 }
 inline uint32_t pair(uint16_t low, uint16_t high) { return uint32_t(high) << 16 | low; }
