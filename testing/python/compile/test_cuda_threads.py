@@ -75,8 +75,8 @@ def draw(cfg, m, exact):
 
 
 def check(call, cfg, rows):
-    """Compare with float64, in two orders of the threads each."""
-    for m, exact in itertools.product(rows, (True, False)):
+    """Compare with float64, in two orders of the threads each: bit by bit, and for one number of rows within bounds."""
+    for m, exact in ((rows[0], False), *((m, True) for m in rows)):
         problem = draw(cfg, m, exact)
         given = arguments(problem)
         emulator.run(call, *given, seeds=(m, m + 1))
