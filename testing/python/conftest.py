@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import emulator`
 sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`
 
-import devices  # noqa: E402 - found by the path above
+import devices
 
 _MADE_STORE = pytest.StashKey[Path]()
 _DEVICE = pytest.StashKey[str]()
@@ -102,9 +102,8 @@ def _mark_for_cards(config, items):
         kept.append(item)
         if about_cards or (device == "cuda" and not elsewhere):
             item.add_marker(pytest.mark.cuda)
-        if item.get_closest_marker("cuda") is not None:
-            if not torch.cuda.is_available():
-                item.add_marker(no_card)
+        if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+            item.add_marker(no_card)
     items[:] = kept
     if left_out:
         config.hook.pytest_deselected(items=left_out)
