@@ -65,6 +65,13 @@ def pytest_unconfigure(config):
         shutil.rmtree(made, ignore_errors=True)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Files that say nothing about cards are not even imported where operators are for one: they may need what is not there."""
+    if config.stash[_DEVICE] != "cpu" and collection_path.parent.name == "run":
+        return True if collection_path.name in devices.NOT_ON_CARDS else None
+    return None
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Before tests are chosen by their marks, give them theirs; afterwards leave all but every N-th out."""
@@ -86,17 +93,17 @@ def _mark_for_cards(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         elsewhere = item.path.parent.name != "run" or devices.why_not(item.path.name, item.originalname, parameters)
         about_cards = item.path.parent.name == "run" and bool(devices.ONLY_ON_CARDS.search(item.path.name))
-        if device != "cpu" and elsewhere and not about_cards:
+        if device != "cpu" and elsewhere and not about_cards and item.get_closest_marker("cuda") is None:
             left_out.append(item)
             continue
         if item.get_closest_marker("exhaustive") and not re.search(r"\b(slow|exhaustive)\b", config.option.markexpr):
             left_out.append(item)
             continue
         kept.append(item)
-        if about_cards or device == "cuda":
+        if about_cards or (device == "cuda" and not elsewhere):
             item.add_marker(pytest.mark.cuda)
-            if not torch.cuda.is_available():
-                item.add_marker(no_card)
+        if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+            item.add_marker(no_card)
     items[:] = kept
     if left_out:
         config.hook.pytest_deselected(items=left_out)

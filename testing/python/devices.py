@@ -153,12 +153,13 @@ def _can_be_copied(value: object) -> bool:
 
 
 def mirrored_call(forward: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
-    """`forward`, a method of operators on `device`, for tensors on the CPU; tensors of the device are handed on."""
+    """`forward`, a method of operators on `device`, for tensors on the CPU; where one is on a card, all are handed on."""
 
     @functools.wraps(forward)
     def call(self: object, *args: object, **kwargs: object) -> torch.Tensor:
         values = [*args, *kwargs.values()]
-        if not any(map(_can_be_copied, values)):
+        on_card = any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
+        if on_card or not any(map(_can_be_copied, values)):
             return forward(self, *args, **kwargs)
         mirror = Mirror(device)
         copies = [mirror.of(value) for value in values]

@@ -41,10 +41,16 @@ def weigh(op, problem):
     return op.transform_weight(problem.weights)
 
 
+def draw(op, m, **options):
+    """A problem for an operator, as its kernels solve it."""
+    problem = reference.draw(op.config, m, **options)
+    return reference.on_tensor_cores(problem) if op.layout.is_fragments else problem
+
+
 def check(op, rows, seed=0, **options):
     """The bound and the exact case for each number of rows."""
     for exact in (False, True):
-        problem = reference.draw(op.config, max(rows), seed=seed, exact=exact, **options)
+        problem = draw(op, max(rows), seed=seed, exact=exact, **options)
         W = weigh(op, problem)
         for m in rows:
             part = replace(problem, A=problem.A[:m])
@@ -216,7 +222,7 @@ def test_every_float8_activation(build, a_dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_int4_activations_as_values_and_in_pairs(build, name, K, layout):
     op = build(config(32, K, A_dtype="int4", W_dtype=name, layout=layout))
-    problem = reference.draw(op.config, 6)
+    problem = draw(op, 6)
     W = op.transform_weight(problem.weights.mT if layout[1] == "n" else problem.weights)
     for A in (problem.A, reference.pairs(problem.A)):
         for lead in ((6,), (2, 3)):
@@ -804,7 +810,7 @@ def test_real_shapes(build, a_dtype, name, mode, N, K, group):
     }
     op = build(config(N, K, A_dtype=a_dtype, W_dtype=name, **fields))
     for exact in (False, True):
-        problem = reference.draw(op.config, 20, exact=exact)
+        problem = draw(op, 20, exact=exact)
         W = weigh(op, problem)
         columns, part = every_seventh_column(problem)
         for rows in (slice(3, 4), slice(0, 20)):

@@ -71,6 +71,49 @@ def test_a_machine_without_a_card_is_told_so(tmp_path):
     assert [row[:2] for row in stages(tmp_path)] == [["environment", "failed (1)"]]
 
 
+PRETENDER = """#!/bin/bash
+echo "$*" >> {calls}
+case "$*" in
+  *gpu_summary.py*) exec {python} "$@" ;;
+  *benchmark.gpu*)
+    out=$(echo "$*" | sed 's/.*--out \\([^ ]*\\).*/\\1/')
+    mkdir -p "$out"
+    echo "{{}}" > "$out/gpu.json"
+    echo "**Goals**" > "$out/gpu.md"
+    [ "$(grep -c benchmark.gpu {calls})" -eq 1 ] && exit 3
+    exit 0 ;;
+  *"-k sanitizer") echo "1 failed, 9 passed in 3.00s"; exit 1 ;;
+  *test_cuda_tuning.py) exec sleep 60 ;;
+  *pytest*) echo "5 passed in 1.00s" ;;
+  *) cat > /dev/null < /dev/null; echo fine ;;
+esac
+"""
+
+
+@pytest.mark.slow
+def test_on_a_card_what_fails_or_is_cut_leaves_the_rest(tmp_path):
+    """With a Python that pretends: the benchmark loses the card once, a stage fails, another takes too long."""
+    pretender, calls = tmp_path / "python", tmp_path / "calls"
+    pretender.write_text(PRETENDER.format(python=sys.executable, calls=calls))
+    pretender.chmod(0o755)
+    done = check(tmp_path / "out", PYTHON=str(pretender), SECONDS_ALL="25", JOBS="3")
+    assert done.returncode == 1
+    found = {row[0]: row[1:] for row in stages(tmp_path / "out")}
+    assert list(found) == STAGES
+    assert found["rules"][0] == found["goals"][0] == found["run"][0] == "well"
+    assert found["rules"][2] == "5 passed in 1.00s"
+    assert found["sanitizer"][0] == "failed (1)"
+    assert found["tuning"][0] == "cut"
+    assert found["formats"][0] == "left out"
+    runs = [line for line in calls.read_text().splitlines() if "benchmark.gpu" in line]
+    assert len(runs) == 2
+    assert all("--resume --jobs 3" in line and line.endswith("--goals") for line in runs)
+    assert (tmp_path / "out" / "gpu.json").is_file()
+    text = (tmp_path / "out" / "gpu_check.md").read_text()
+    assert "| sanitizer | failed (1) |" in text
+    assert text.endswith("**Goals**\n")
+
+
 def test_the_summary(tmp_path):
     (tmp_path / "logs.txt").write_text(
         "| NVIDIA-SMI 580.159  Driver Version: 580.159.03  CUDA Version: 13.0 |\ntorch 2.11.0+cu130 CUDA 13.0\n"
