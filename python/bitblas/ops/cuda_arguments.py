@@ -9,6 +9,7 @@ import torch
 
 from ..config import MatmulConfig
 from ..errors import ArgumentError, UnsupportedError
+from ..logs import warn_once
 from ..target import Target, device_arch, runs_on
 from .arguments import Door
 
@@ -60,9 +61,17 @@ class CudaDoor(Door):
                 self._refuse(self._operands[place - 1].name, tensor, operands[0])
             if tensor.data_ptr() % ALIGNMENT:
                 operands[place] = tensor.clone()
+                if place:  # not A, which is new at each call
+                    self._warn_of_copies(self._operands[place - 1].name)
         if output is not None and (out.get_device() != index or out.data_ptr() % ALIGNMENT):
             self._refuse("output", out, operands[0])
         return m, operands, out
+
+    def _warn_of_copies(self, name: str) -> None:
+        warn_once(
+            f"{name} is not aligned",
+            f"{name} begins at an address that {ALIGNMENT} does not divide, so that each call copies it; keep a copy of it",
+        )
 
     def _check_device(self, a: torch.Tensor) -> None:
         if not a.is_cuda:
