@@ -61,8 +61,8 @@ class Tiling:
     def workspace(self, config: MatmulConfig, m: int) -> tuple[int, int]:
         """Elements of two more arguments, after the output, that a launch of `m` rows takes: (0, 0) where it takes none.
 
-        They are `partial`, 32 bits each of any content, and `counters`, int32 that are 0 before the launch and after it; flat, and
-        at least so long.
+        They are `partial`, 32 bits each of any content, and `counters`, int32 that are 0 before the launch and after it; flat,
+        and at least so long.
         """
         return 0, 0
 
