@@ -54,14 +54,7 @@ def find_compiler(target: Target | None = None) -> str | None:
     """
     if target is not None and target.kind == "cuda":
         return find_cuda_compiler()
-    named = env.CC.get()
-    if named:
-        try:
-            words = shlex.split(named)
-        except ValueError as error:
-            raise BuildError(f"BITBLAS_CC is {named!r}, which is no command: {error}") from None
-        if shutil.which(words[0]) is None:
-            raise BuildError(f"BITBLAS_CC is {named!r}, and there is no such program")
+    if named := env.CC.command():
         return named
     return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from .errors import ConfigError
+from .errors import BuildError, ConfigError
 
 T = TypeVar("T")
 
@@ -55,6 +57,30 @@ class Variable(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Program(Variable[str]):
+    """One that may name a program, with options."""
+
+    def command(self) -> str | None:
+        """Return the command that it names, or None where it names none.
+
+        Raises
+        ------
+        BuildError
+            There is no such program, or the text is no command.
+        """
+        named = self.get()
+        if not named:
+            return None
+        try:
+            words = shlex.split(named)
+        except ValueError as error:
+            raise BuildError(f"{self.name} is {named!r}, which is no command: {error}") from None
+        if shutil.which(words[0]) is None:
+            raise BuildError(f"{self.name} is {named!r}, and there is no such program")
+        return named
+
+
+@dataclass(frozen=True)
 class Setting:
     """A row of :func:`settings`: a variable as it stands now. `value` is its text, also where that is malformed."""
 
@@ -96,8 +122,8 @@ TARGET = Variable(
 )
 CACHE_DIR = Variable("BITBLAS_CACHE_DIR", _PATH, "~/.cache/bitblas", "where compiled operators are kept")
 LOG_LEVEL = Variable("BITBLAS_LOG_LEVEL", _LEVEL, "WARNING", "how much bitblas logs")
-CC = Variable("BITBLAS_CC", _TEXT, "", "the C compiler that links CPU operators; empty: the first of cc, gcc, clang")
-NVCC = Variable(
+CC = Program("BITBLAS_CC", _TEXT, "", "the C compiler that links CPU operators; empty: the first of cc, gcc, clang")
+NVCC = Program(
     "BITBLAS_NVCC", _TEXT, "", "the CUDA compiler; empty: the first nvcc on the PATH, in a CUDA directory, or of PyPI"
 )
 KEEP_BUILD = Variable("BITBLAS_KEEP_BUILD", _BOOL, "0", "keep the files of a build that failed")

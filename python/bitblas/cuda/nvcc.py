@@ -35,14 +35,7 @@ def find_nvcc() -> str | None:
     BuildError
         BITBLAS_NVCC names a program that is not there.
     """
-    named = env.NVCC.get()
-    if named:
-        try:
-            words = shlex.split(named)
-        except ValueError as error:
-            raise BuildError(f"BITBLAS_NVCC is {named!r}, which is no command: {error}") from None
-        if shutil.which(words[0]) is None:
-            raise BuildError(f"BITBLAS_NVCC is {named!r}, and there is no such program")
+    if named := env.NVCC.command():
         return named
     if on_path := shutil.which("nvcc"):
         return shlex.quote(on_path)
