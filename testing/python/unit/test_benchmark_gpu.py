@@ -21,14 +21,15 @@ class FakeStopwatch:
     """Batches run when they are told to, and take the seconds of their candidate."""
 
     def __init__(self, seconds=lambda call: 5e-3):  # so long that a batch is of few launches
-        self.seconds, self.log = seconds, []
+        self.seconds, self.log, self.captured = seconds, [], []
 
     def once(self, call):
         call(0)
         return self.seconds(call)
 
-    def prepare(self, call, count):
+    def prepare(self, call, count, captured=True):
         result = []
+        self.captured.append(captured)
 
         def work():
             self.log.append(call)
@@ -230,6 +231,18 @@ def test_peers_of_eight_bits(fields, own):
     row = card.compare_on_card(op, 32, named, FakeStopwatch(), MACHINE, CPU, 0.01)
     assert [each.name for each in row.timings] == ["bitblas", cases.FP16, own]
     assert all(each.seconds for each in row.timings), row.timings
+
+
+def test_what_an_operator_keeps_is_not_timed_in_a_graph(operator):
+    watch = FakeStopwatch()
+    kept = peers.dense_cache(1 << 20, lambda workload: operator)
+    work = draw_workload(operator.config, 1024)
+    made = kept(work, 1 << 20)
+    found = card.turns_on_card([candidate("ours"), made], watch, 0.01, ticking())
+    assert watch.captured == [True, False]
+    assert found[1].name == cases.DENSE_CACHE
+    assert found[1].seconds == 5e-3
+    assert isinstance(kept(draw_workload(operator.config, 16), 1 << 20), Skipped)
 
 
 def test_the_bound_allows_rounded_weights_where_they_are_decoded_to_sixteen_bits():

@@ -30,7 +30,7 @@ class FakeStopwatch:
         call(0)
         return self.seconds + 1e-4  # what a call costs the host
 
-    def prepare(self, call, count):
+    def prepare(self, call, count, captured=True):
         result = []
         self.prepared.append(count)
 
