@@ -318,6 +318,28 @@ def test_a_lost_card_ends_the_run_with_what_there_is(session, monkeypatch, tmp_p
     assert kept.has((CASE.name, 64, 128, 1), {})
 
 
+def test_a_whole_run_on_a_card_that_is_made_up(monkeypatch, tmp_path, capsys, operator):
+    monkeypatch.setattr(run, "resolve_target", lambda text: operator.target)
+    monkeypatch.setattr(run, "device_of", lambda target: CPU)
+    monkeypatch.setattr(run, "CardClock", lambda device: FakeStopwatch())
+    monkeypatch.setattr(run, "measure_card", lambda *_: MACHINE)
+    monkeypatch.setattr(run, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(run, "versions", lambda target: {"bitblas": "1"})
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(cases, "goal_cases", lambda: [CASE, cases.card_case("int8", "int2", (64, 128), (32,))])
+    monkeypatch.setattr(costs, "cost_goals", lambda: [costs.at_most("a call", "µs", 1e-5, lambda: 9e-6, 1e6)])
+    arguments = ["--goals", "--seconds", "0.001", "--out", str(tmp_path / "out")]
+    assert run.main([*arguments, "--rows", "1"]) == 0
+    assert run.main([*arguments, "--resume"]) == 0
+    printed = capsys.readouterr()
+    assert "1 cells are in" in printed.err
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert [(row["case"], row["workload"]["m"]) for row in found["results"]] == [(W4, 1), (W4, 32), ("int8 x int2", 32)]
+    assert found["machine"]["name"] == "NVIDIA H200"
+    assert [goal["name"] for goal in found["goals"]] == ["a call"]
+    assert "| float16 x int4 g128 | 64 × 128 | 1.00 | 1.00 |" in (tmp_path / "out" / "gpu.md").read_text()
+
+
 def test_the_tables():
     report = CardReport(MACHINE, {"torch": "2.13"}, "2026-11-21")
     for m, speed in ((1, 2.5), (16, 2.0)):
