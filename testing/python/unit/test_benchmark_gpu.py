@@ -1,5 +1,6 @@
 """benchmark/gpu, without a card: cases, verdicts, turns, reports, and what a kernel that fails leaves behind."""
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from benchmark.cases import Filter
 from benchmark.gpu import cases, costs, goals, peers, run
 from benchmark.gpu.report import CardReport, speedups
 
-from bitblas import Matmul, MatmulConfig, cards
+from bitblas import ArgumentError, Matmul, MatmulConfig, cards
 from bitblas.bench import Candidate, Comparison, Skipped, Timing, Verdict, card, draw_workload
 from bitblas.measuring import CPU
 
@@ -338,6 +339,27 @@ def test_a_whole_run_on_a_card_that_is_made_up(monkeypatch, tmp_path, capsys, op
     assert found["machine"]["name"] == "NVIDIA H200"
     assert [goal["name"] for goal in found["goals"]] == ["a call"]
     assert "| float16 x int4 g128 | 64 × 128 | 1.00 | 1.00 |" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_the_command_for_one_shape(monkeypatch, capsys, operator):
+    from bitblas.cli import bench
+
+    monkeypatch.setattr(cards, "device_of", lambda target: CPU)
+    monkeypatch.setattr(cards, "CardClock", lambda device: FakeStopwatch())
+    monkeypatch.setattr(card, "measure_card", lambda *_: MACHINE)
+    options = argparse.Namespace(threads=None, M=[1, 32], seconds=0.001, json=False)
+    assert bench._run_on_card(options, operator) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "NVIDIA H200, compute capability 9.0, CUDA 13.0" in lines
+    assert "measured: 4300 GB/s copied, 800 TFLOP/s of float16" in lines
+    assert lines[-3].split() == ["M", "bitblas", "us", "of", "what", "binds", "torch", "float16", "us", "times", "ours"]
+    assert [line.split()[:2] for line in lines[-2:]] == [["1", "5000.0"], ["32", "5000.0"]]
+    options.json = True
+    assert bench._run_on_card(options, operator) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["name"] == "NVIDIA H200"
+    options.threads = 2
+    with pytest.raises(ArgumentError, match="--threads is of CPUs"):
+        bench._run_on_card(options, operator)
 
 
 def test_the_tables():
