@@ -160,6 +160,7 @@ def dense_cache(cache: int, op_of: Callable[[Workload], Matmul] | None) -> Peer:
         except (BitBLASError, TypeError) as error:
             return Skipped(DENSE_CACHE, f"this bitblas cannot: {str(error).splitlines()[0]}")
         found = ours_on_card(op, workload, budget, cache)
-        return Candidate(DENSE_CACHE, found.call, found.check, "float16", copies=found.copies)
+        # in a graph the weights would be decoded each time
+        return Candidate(DENSE_CACHE, found.call, found.check, "float16", copies=found.copies, captured=False)
 
     return make

@@ -84,8 +84,8 @@ class Batch:
 class Stopwatch(Protocol):
     """What times launches: a card, or what a test puts in its place."""
 
-    def prepare(self, call: Callable[[int], object], count: int) -> Batch:
-        """Make `count` launches, numbered from 0, one batch."""
+    def prepare(self, call: Callable[[int], object], count: int, captured: bool = True) -> Batch:
+        """Make `count` launches, numbered from 0, one batch; with what each costs the host where they are not captured."""
 
     def once(self, call: Callable[[int], object]) -> float:
         """Seconds of one launch, with all that a call costs."""
@@ -99,14 +99,25 @@ class CardClock:
         self._stream = torch.cuda.Stream(device)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
-    def prepare(self, call: Callable[[int], object], count: int) -> Batch:
+    def prepare(self, call: Callable[[int], object], count: int, captured: bool = True) -> Batch:
         """See `Stopwatch`."""
+        if not captured:
+            return self._eager(call, count)
         self.once(call)  # what is loaded by the first call cannot be loaded while a graph is captured
         graph, result = torch.cuda.CUDAGraph(), list[object]()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._stream):
             for index in range(count):
                 result[:] = [call(index)]
         return Batch(lambda: self._timed(graph.replay), count, result)
+
+    def _eager(self, call: Callable[[int], object], count: int) -> Batch:
+        result = list[object]()
+
+        def work() -> None:
+            for index in range(count):
+                result[:] = [call(index)]
+
+        return Batch(lambda: self._timed(work), count, result)
 
     def once(self, call: Callable[[int], object]) -> float:
         """See `Stopwatch`."""
@@ -123,7 +134,7 @@ class CardClock:
         return float(first.elapsed_time(last)) / 1e3
 
 
-def batch_of(stopwatch: Stopwatch, call: Callable[[int], object], copies: int) -> Batch:
+def batch_of(stopwatch: Stopwatch, call: Callable[[int], object], copies: int, captured: bool = True) -> Batch:
     """A batch of launches that goes through all copies of a weight, as often as makes it long beside what times it.
 
     Where one round of the copies takes longer than is worth the wait, it goes through a part of them: what takes so long
@@ -132,7 +143,7 @@ def batch_of(stopwatch: Stopwatch, call: Callable[[int], object], copies: int) -
     seconds = max(1e-7, min(stopwatch.once(call) for _ in range(_TRIALS)))
     wanted = -(-BATCH_SECONDS // seconds)
     whole = max(1, min(-(-wanted // copies) * copies, MOST_LAUNCHES // copies * copies or copies))
-    return stopwatch.prepare(call, int(min(whole, max(1, LONGEST_BATCH_SECONDS // seconds))))
+    return stopwatch.prepare(call, int(min(whole, max(1, LONGEST_BATCH_SECONDS // seconds))), captured)
 
 
 def take_batches(batch: Batch, least: int = LEAST_CALLS, seconds: float = TURN_SECONDS) -> list[float]:

@@ -192,7 +192,7 @@ class _Run:
         """Look at the first result; time only what is right."""
         self.verdict = self.candidate.check(self.candidate.call(0))
         if self.verdict.right:
-            self.batch = batch_of(stopwatch, self.candidate.call, self.candidate.copies)
+            self.batch = batch_of(stopwatch, self.candidate.call, self.candidate.copies, self.candidate.captured)
 
     def take_turn(self) -> None:
         if self.batch is not None:

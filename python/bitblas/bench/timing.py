@@ -52,6 +52,8 @@ class Candidate:
         How many times a call does the work.
     copies : int
         Through how many copies of the weights the numbers of calls lead.
+    captured : bool
+        Whether a card's calls are captured in a graph, where nothing that a call keeps serves the next one.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Candidate:
     exact: bool = True
     repeats: int = 1
     copies: int = 1
+    captured: bool = True
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,7 @@ def test_constructor_defaults():
         ("enable_tuning", True),
         ("from_database", False),
         ("backend", "tl"),
+        ("dense_cache", False),
     ]
 
 

@@ -1,5 +1,6 @@
 """benchmark/gpu, without a card: cases, verdicts, turns, reports, and what a kernel that fails leaves behind."""
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from benchmark.cases import Filter
 from benchmark.gpu import cases, costs, goals, peers, run
 from benchmark.gpu.report import CardReport, speedups
 
-from bitblas import Matmul, MatmulConfig, cards
+from bitblas import ArgumentError, Matmul, MatmulConfig, cards
 from bitblas.bench import Candidate, Comparison, Skipped, Timing, Verdict, card, draw_workload
 from bitblas.measuring import CPU
 
@@ -21,14 +22,15 @@ class FakeStopwatch:
     """Batches run when they are told to, and take the seconds of their candidate."""
 
     def __init__(self, seconds=lambda call: 5e-3):  # so long that a batch is of few launches
-        self.seconds, self.log = seconds, []
+        self.seconds, self.log, self.captured = seconds, [], []
 
     def once(self, call):
         call(0)
         return self.seconds(call)
 
-    def prepare(self, call, count):
+    def prepare(self, call, count, captured=True):
         result = []
+        self.captured.append(captured)
 
         def work():
             self.log.append(call)
@@ -232,6 +234,18 @@ def test_peers_of_eight_bits(fields, own):
     assert all(each.seconds for each in row.timings), row.timings
 
 
+def test_what_an_operator_keeps_is_not_timed_in_a_graph(operator):
+    watch = FakeStopwatch()
+    kept = peers.dense_cache(1 << 20, lambda workload: operator)
+    work = draw_workload(operator.config, 1024)
+    made = kept(work, 1 << 20)
+    found = card.turns_on_card([candidate("ours"), made], watch, 0.01, ticking())
+    assert watch.captured == [True, False]
+    assert found[1].name == cases.DENSE_CACHE
+    assert found[1].seconds == 5e-3
+    assert isinstance(kept(draw_workload(operator.config, 16), 1 << 20), Skipped)
+
+
 def test_the_bound_allows_rounded_weights_where_they_are_decoded_to_sixteen_bits():
     work = draw_workload(MatmulConfig(M=1, N=64, K=128, W_dtype="int4", **{**SCALED, "out_dtype": "float32"}), 1)
     rounded = work.a.double() @ work.dense(torch.float16).double().T
@@ -303,6 +317,49 @@ def test_a_lost_card_ends_the_run_with_what_there_is(session, monkeypatch, tmp_p
     ((name, row),) = kept.results
     assert (name, row.m, row.ours.seconds) == (CASE.name, 1, None)
     assert kept.has((CASE.name, 64, 128, 1), {})
+
+
+def test_a_whole_run_on_a_card_that_is_made_up(monkeypatch, tmp_path, capsys, operator):
+    monkeypatch.setattr(run, "resolve_target", lambda text: operator.target)
+    monkeypatch.setattr(run, "device_of", lambda target: CPU)
+    monkeypatch.setattr(run, "CardClock", lambda device: FakeStopwatch())
+    monkeypatch.setattr(run, "measure_card", lambda *_: MACHINE)
+    monkeypatch.setattr(run, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(run, "versions", lambda target: {"bitblas": "1"})
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(cases, "goal_cases", lambda: [CASE, cases.card_case("int8", "int2", (64, 128), (32,))])
+    monkeypatch.setattr(costs, "cost_goals", lambda: [costs.at_most("a call", "µs", 1e-5, lambda: 9e-6, 1e6)])
+    arguments = ["--goals", "--seconds", "0.001", "--out", str(tmp_path / "out")]
+    assert run.main([*arguments, "--rows", "1"]) == 0
+    assert run.main([*arguments, "--resume"]) == 0
+    printed = capsys.readouterr()
+    assert "1 cells are in" in printed.err
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert [(row["case"], row["workload"]["m"]) for row in found["results"]] == [(W4, 1), (W4, 32), ("int8 x int2", 32)]
+    assert found["machine"]["name"] == "NVIDIA H200"
+    assert [goal["name"] for goal in found["goals"]] == ["a call"]
+    assert "| float16 x int4 g128 | 64 × 128 | 1.00 | 1.00 |" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_the_command_for_one_shape(monkeypatch, capsys, operator):
+    from bitblas.cli import bench
+
+    monkeypatch.setattr(cards, "device_of", lambda target: CPU)
+    monkeypatch.setattr(cards, "CardClock", lambda device: FakeStopwatch())
+    monkeypatch.setattr(card, "measure_card", lambda *_: MACHINE)
+    options = argparse.Namespace(threads=None, M=[1, 32], seconds=0.001, json=False)
+    assert bench._run_on_card(options, operator) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "NVIDIA H200, compute capability 9.0, CUDA 13.0" in lines
+    assert "measured: 4300 GB/s copied, 800 TFLOP/s of float16" in lines
+    assert lines[-3].split() == ["M", "bitblas", "us", "of", "what", "binds", "torch", "float16", "us", "times", "ours"]
+    assert [line.split()[:2] for line in lines[-2:]] == [["1", "5000.0"], ["32", "5000.0"]]
+    options.json = True
+    assert bench._run_on_card(options, operator) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["name"] == "NVIDIA H200"
+    options.threads = 2
+    with pytest.raises(ArgumentError, match="--threads is of CPUs"):
+        bench._run_on_card(options, operator)
 
 
 def test_the_tables():

@@ -30,7 +30,7 @@ class FakeStopwatch:
         call(0)
         return self.seconds + 1e-4  # what a call costs the host
 
-    def prepare(self, call, count):
+    def prepare(self, call, count, captured=True):
         result = []
         self.prepared.append(count)
 
@@ -258,3 +258,77 @@ def test_tilings_of_cards_are_raced_and_the_record_belongs_to_the_card(tmp_path)
         for other in (*(replace(CARD, card=card) for card in others), replace(CARD, arch="sm_100")):
             assert tuner.load_record(CONFIG, other) is None
         assert record.record_path(CONFIG, replace(CARD, card=replace(CARD.card))) == record.record_path(CONFIG, CARD)
+
+
+# -- the clock of a card ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_up_cuda(monkeypatch):
+    """torch.cuda as far as the clock uses it: a log of what is asked of it, and events 3 ms apart."""
+    from contextlib import contextmanager
+
+    log, now = [], [0.0]
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def wait_stream(self, other):
+            log.append(f"wait for {other}")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+            now[0] += 3.0
+            self.at = now[0]
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class CUDAGraph:
+        def replay(self):
+            log.append("replay")
+
+    @contextmanager
+    def within(name, *_, **options):
+        log.append(f"{name} {{")
+        yield
+        log.append("}")
+
+    for name, value in {"Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *a, name=name, **k: within(name, *a, **k))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the default stream")
+    return log
+
+
+TIMED = ["device {", "stream {", "wait for the default stream", "record", "record", "}", "}", "synchronize"]
+
+
+def test_the_clock_captures_after_a_first_call_and_times_replays(made_up_cuda):
+    clock = cards.CardClock(torch.device("cuda", 0))
+    batch = clock.prepare(lambda index: made_up_cuda.append(f"call {index}") or index, 3)
+    first = [*TIMED[:4], "call 0", *TIMED[4:]]
+    assert made_up_cuda == [*first, "device {", "graph {", "call 0", "call 1", "call 2", "}", "}"]
+    assert batch.result == [2]
+    del made_up_cuda[:]
+    assert batch.run() == pytest.approx(3e-3)
+    assert made_up_cuda == [*TIMED[:4], "replay", *TIMED[4:]]
+    assert cards.take_batches(batch, least=1, seconds=1e-9) == [pytest.approx(1e-3)]
+
+
+def test_the_clock_calls_anew_what_is_not_to_be_captured(made_up_cuda):
+    batch = cards.CardClock(torch.device("cuda", 0)).prepare(
+        lambda index: made_up_cuda.append(f"call {index}"), 2, False
+    )
+    assert not made_up_cuda
+    assert batch.run() == pytest.approx(3e-3)
+    assert made_up_cuda == [*TIMED[:4], "call 0", "call 1", *TIMED[4:]]
