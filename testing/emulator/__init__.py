@@ -169,7 +169,11 @@ def _runtime(directory: Path | None = None) -> ctypes.CDLL:
     if _Loaded.library is None:
         if directory is None:
             raise RuntimeError("nothing was loaded yet")
-        library = ctypes.CDLL(str(_runtime_path(directory)))
+        path = _runtime_path(directory)
+        try:  # one of another directory, if this process has it: all kernels use the first that was loaded
+            library = ctypes.CDLL(path.name, mode=os.RTLD_NOLOAD)
+        except OSError:
+            library = ctypes.CDLL(str(path))
         library.emulator_set_seed.argtypes = [ctypes.c_uint64]
         library.emulator_allow.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]
         _Loaded.library = library

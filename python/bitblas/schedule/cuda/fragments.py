@@ -130,6 +130,8 @@ class FragmentGemvRule(FragmentRule):
         config, found = problem.config, []
         wanted_k = FRAGMENT_K * max(1, _AT_ONCE_BYTES // (4 * config.format.bits))
         for n_tiles, warps in itertools.product((1, 2), _WARPS_K):
+            if n_tiles > 1 and warps == max(_WARPS_K):
+                continue  # twice the registers, of half as many for each thread
             crowded = n_tiles > 1 or warps == max(_WARPS_K)
             most = min(wanted_k, _MOST_K_CROWDED if crowded else _MOST_K)
             for step in (divisor_steps(config, most), divisor_steps(config, max(FRAGMENT_K, most // 2))):

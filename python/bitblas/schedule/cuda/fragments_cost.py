@@ -35,7 +35,8 @@ def estimate(problem: Problem, tiling: FragmentTiling) -> float:
     blocks = tiles_m * tiles_n * tiling.split_k
     # what tiles of many rows sum takes twice the registers
     threads = tiling.num_threads * (2 if tiling.block_m * tiling.n_tiles > 64 else 1)
-    at_once = max(1, min(_THREADS // threads, card.shared_bytes // tiling.shared_bytes(config)))
+    at_once = _THREADS // threads if tiling.stages else tiling.blocks_at_once
+    at_once = max(1, min(at_once, card.shared_bytes // tiling.shared_bytes(config)))
     waves = -(-blocks // (card.num_sms * at_once))
     steps = -(-(config.K // tiling.block_k) // (tiling.split_k * tiling.warps_k))
     # the part of the card that has work, over all waves

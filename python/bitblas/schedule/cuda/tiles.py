@@ -53,7 +53,7 @@ class FragmentTiling(Tiling):
     @property
     def blocks_at_once(self) -> int:
         """Blocks that a multiprocessor should be able to run at once: the fewer the more registers a thread may take."""
-        return 1 if self.stages else max(1, _WAITING_THREADS // self.num_threads)
+        return 1 if self.stages else max(1, _WAITING_THREADS // (self.num_threads * self.n_tiles))
 
     @property
     def m_tiles(self) -> int:
