@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 FEW_ROWS = FRAGMENT_M
 #: Bytes of weights that a thread asks for at once.
 _AT_ONCE_BYTES = 64
-#: k of a step at most, which bounds the registers of activations; and where so many threads share a multiprocessor's registers
-#: that each has 128.
-_MOST_K, _MOST_K_CROWDED = 256, 128
+#: k of a step at most, which bounds the registers of activations: two steps are on their way at once.
+_MOST_K = 128
+#: Rows times tiles of columns of a warp from which on sums leave no registers for the words of more than 64 k.
+_MANY_SUMS = 64
 #: Warps of a block that share out K.
 _WARPS_K = (8, 4, 16)
 #: Parts of K that blocks share out.
@@ -97,7 +98,7 @@ class FragmentRule(ScheduleRule[FragmentTiling]):
         size = min(max(16, 1 << (problem.m - 1).bit_length()), max(_SHAPES))
         found = []
         for rows, warps, n_tiles in _SHAPES[size]:
-            for wanted_k in (128, 64) if rows <= 32 else (64, 128):
+            for wanted_k in (128, 64) if rows * n_tiles <= _MANY_SUMS else (64,):
                 tiling = FragmentTiling(
                     rows, FRAGMENT_N * n_tiles * warps, divisor_steps(config, wanted_k), warps, stages=_STAGES
                 )
@@ -132,8 +133,7 @@ class FragmentGemvRule(FragmentRule):
         for n_tiles, warps in itertools.product((1, 2), _WARPS_K):
             if n_tiles > 1 and warps == max(_WARPS_K):
                 continue  # twice the registers, of half as many for each thread
-            crowded = n_tiles > 1 or warps == max(_WARPS_K)
-            most = min(wanted_k, _MOST_K_CROWDED if crowded else _MOST_K)
+            most = min(wanted_k, _MOST_K)
             for step in (divisor_steps(config, most), divisor_steps(config, max(FRAGMENT_K, most // 2))):
                 if warps * step <= config.K or warps == min(_WARPS_K):
                     found.append(FragmentTiling(FRAGMENT_M, FRAGMENT_N * n_tiles, step, warps_k=warps))
