@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import pytest
+from benchmark import resources as table
 
 from bitblas import Matmul, MatmulConfig
 from bitblas.cuda.nvcc import find_nvcc
@@ -84,3 +85,14 @@ def test_promised_instructions(arch, fields, promised, tmp_path):
         for instruction in (*promised, "lop3.b32", weights):
             assert instruction in kernel, instruction
         assert not re.search(r"\bld\.local|\bst\.local", kernel)
+
+
+def test_the_table_of_the_documents_is_that_of_the_manifest():
+    op, resources = built("cuda -arch=sm_80", M=(1, 32), N=256, K=512, with_scaling=True, group_size=128)
+    lines = table.rows(op)
+    assert len(lines) == len(op.plan.kernels) == 2
+    for line, kernel in zip(lines, op.plan.kernels, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert len(cells) == len(table.COLUMNS)
+        assert cells[0] == str(kernel.buckets[0])
+        assert int(cells[6]) == resources[f"{kernel.name}_kernel"]["registers"] > 0

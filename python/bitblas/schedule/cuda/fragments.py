@@ -23,7 +23,7 @@ FEW_ROWS = FRAGMENT_M
 _AT_ONCE_BYTES = 64
 #: k of a step at most, which bounds the registers of activations: two steps are on their way at once.
 _MOST_K = 128
-#: Rows times tiles of columns of a warp from which on sums leave no registers for the words of more than 64 k.
+#: Rows times tiles of columns of a warp beyond which sums leave no registers for the words of more than 64 k.
 _MANY_SUMS = 64
 #: Warps of a block that share out K.
 _WARPS_K = (8, 4, 16)
