@@ -135,7 +135,7 @@ def pack(codes: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     for first in _blocks(codes.shape, "packing weights"):
         block = codes[first : first + _BLOCK_ROWS]
         if layout.name == "packed":
-            out.view(layout.N, -1)[first : first + _BLOCK_ROWS] = _pack_rows(block, layout.bits)
+            out.view(layout.N, -1)[first : first + _BLOCK_ROWS] = pack_rows(block, layout.bits)
             continue
         for plane in layout.planes:
             part = _plane_part(out, layout, plane, first, block.shape[0])
@@ -166,7 +166,7 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     for first in _blocks(codes.shape, "unpacking weights"):
         block = codes[first : first + _BLOCK_ROWS]
         if layout.name == "packed":
-            block.copy_(_unpack_rows(flat.view(layout.N, -1)[first : first + _BLOCK_ROWS], layout.K, layout.bits))
+            block.copy_(unpack_rows(flat.view(layout.N, -1)[first : first + _BLOCK_ROWS], layout.K, layout.bits))
             continue
         for plane in layout.planes:
             part = _plane_part(flat, layout, plane, first, block.shape[0])
@@ -307,7 +307,8 @@ def _split_fragments(words: torch.Tensor, layout: PackedLayout, plane: Plane) ->
     return registers.permute(0, 8, 2, 1, 4, 5, 3, 6, 7, 9).reshape(-1, layout.K)
 
 
-def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """(n, k) codes -> the packed form, uint8 (n, ceil(k·bits/8))."""
     n, k = codes.shape
     if bits >= 8:
         return codes.contiguous().view(torch.uint8).view(n, -1)
@@ -327,7 +328,8 @@ def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return stream[:, : (k * bits + 7) // 8]
 
 
-def _unpack_rows(rows: torch.Tensor, k: int, bits: int) -> torch.Tensor:
+def unpack_rows(rows: torch.Tensor, k: int, bits: int) -> torch.Tensor:
+    """The inverse of `pack_rows`, of uint8 (n, ceil(k·bits/8)): (n, k) uint8, or int16 and int32 for 16 and 32 bits."""
     n = rows.shape[0]
     if bits >= 8:
         return rows.contiguous().view(_WORD_DTYPES[bits // 8])

@@ -55,7 +55,18 @@ def test_the_installed_metadata_is_of_this_version():
 
 
 def test_the_dependencies():
-    wanted = {"apache-tvm", "apache-tvm-ffi", "cloudpickle", "torch", "numpy", "tqdm", "psutil", "thefuzz", "filelock"}
+    wanted = {
+        "apache-tvm",
+        "apache-tvm-ffi",
+        "cloudpickle",
+        "torch",
+        "numpy",
+        "tqdm",
+        "psutil",
+        "safetensors",
+        "thefuzz",
+        "filelock",
+    }
     assert wanted == set(DECLARED)
     assert str(DECLARED["apache-tvm"].specifier) == "<0.28,>=0.27"
     assert Requirement("torch>=2.4").specifier == DECLARED["torch"].specifier

@@ -1,0 +1,128 @@
+"""A quantized weight, free of where it came from and of the machine that will multiply it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from .. import packing
+from ..dequantization import dequantize, unpack_zeros
+from ..errors import ArgumentError
+from ..formats import DataFormat, parse_format
+
+#: Rows that are decoded at a time.
+_BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """The weight of a linear layer in the canonical form, which a state_dict and a checkpoint hold.
+
+    Attributes
+    ----------
+    W_dtype : str
+        Name of the format.
+    packed : torch.Tensor
+        int8 (N, ceil(K·bits/8)): the codes of each row, a little-endian stream along K, pad bits 0.
+    in_features : int
+        K.
+    scales : torch.Tensor
+        (N, K / g), float16, bfloat16 or float32.
+    zeros : torch.Tensor, optional
+        `zeros_mode` ``"quantized"``: int8 (K / g, ceil(N·bits/8)), packed along N; else (N, K / g) in the dtype of scales.
+    zeros_mode : str
+        ``"original"`` and ``"quantized"``: (w - z)·s; ``"rescale"``: w·s - z.
+    perm : torch.Tensor, optional
+        int32 (K,): column j of `packed` is multiplied with feature perm[j] of the activations (act-order), so that
+        out = A[..., perm] · Wᵀ. None: they are in order.
+    bias : torch.Tensor, optional
+        (N,), any floating-point dtype.
+
+    Raises
+    ------
+    ArgumentError
+        A tensor's shape or dtype is not as above, or `perm` is no permutation.
+    """
+
+    W_dtype: str
+    packed: torch.Tensor
+    in_features: int
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    zeros_mode: str = "original"
+    perm: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, k, bits = self.packed.shape[0], self.in_features, self.format.bits
+        _check("packed", self.packed, (n, ceil(k * bits / 8)), (torch.int8,))
+        groups = self.scales.shape[-1] if self.scales.dim() == 2 else 0
+        if not groups or k % groups:
+            raise ArgumentError(
+                f"scales have shape {tuple(self.scales.shape)}; expected ({n}, a divisor of K = {k}), a scale for each group"
+            )
+        floats = (torch.float16, torch.bfloat16, torch.float32)
+        _check("scales", self.scales, (n, groups), floats)
+        if self.zeros is not None:
+            if self.zeros_mode == "quantized":
+                _check("zeros", self.zeros, (groups, ceil(n * bits / 8)), (torch.int8,))
+            else:
+                _check("zeros", self.zeros, (n, groups), (self.scales.dtype,))
+        if self.bias is not None:
+            _check("bias", self.bias, (n,), (*floats, torch.float64))
+        if self.perm is not None:
+            _check("perm", self.perm, (k,), (torch.int32,))
+            counts = torch.bincount(self.perm.long().clamp(0, k), minlength=k)
+            if bool((self.perm < 0).any()) or counts.shape[0] != k or not bool((counts == 1).all()):
+                raise ArgumentError(f"perm is no permutation of 0 to {k - 1}")
+
+    @property
+    def format(self) -> DataFormat:
+        """The codes' `DataFormat`."""
+        return parse_format(self.W_dtype)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.packed.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """How many consecutive columns share a scale; -1 where all do."""
+        groups = self.scales.shape[1]
+        return -1 if groups == 1 else self.in_features // groups
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The weight as it is multiplied with activations in their own order, some rows at a time.
+
+        Yields
+        ------
+        (slice, torch.Tensor)
+            Rows of N, and their values, (rows, K) float32.
+        """
+        zeros = self.zeros
+        if zeros is not None and self.zeros_mode == "quantized":
+            zeros = unpack_zeros(zeros, self.out_features, self.format.bits)
+        order = None if self.perm is None else torch.argsort(self.perm)
+        for first in range(0, self.out_features, _BLOCK_ROWS):
+            rows = slice(first, min(first + _BLOCK_ROWS, self.out_features))
+            codes = packing.unpack_rows(self.packed[rows].view(torch.uint8), self.in_features, self.format.bits)
+            points = None if zeros is None else zeros[rows]
+            values = dequantize(codes, self.format, self.scales[rows], points, self.zeros_mode)
+            yield rows, values if order is None else values[:, order]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The whole of `blocks` as one tensor, (N, K) of `dtype`."""
+        out = torch.empty((self.out_features, self.in_features), dtype=dtype, device=self.packed.device)
+        for rows, values in self.blocks():
+            out[rows] = values
+        return out
+
+
+def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        allowed = ", ".join(map(str, dtypes))
+        raise ArgumentError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {allowed}, {shape}")
