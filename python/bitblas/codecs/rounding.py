@@ -216,7 +216,8 @@ def _zeros(
     if fmt.kind == "uint":
         if points is not None:
             return pack_zeros(points, fmt.bits), "quantized"
-        return constant_zeros(1 << (fmt.bits - 1), *scales.shape, fmt.bits, scales.device), "quantized"
+        n, groups = scales.shape
+        return constant_zeros(1 << (fmt.bits - 1), n, groups, fmt.bits, scales.device), "quantized"
     if points is None:
         return None, "original"
     return (points.to(torch.int16) - (1 << (fmt.bits - 1))).to(scales.dtype), "original"
