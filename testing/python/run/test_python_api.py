@@ -40,6 +40,14 @@ PUBLIC = {
     "bitblas.quantization.general_compress": ["bitblas.quantization.utils"],
     "bitblas.quantization.interleave_weight": ["bitblas.quantization.utils"],
     "bitblas.quantization.gen_quant4": ["bitblas.quantization.utils"],
+    "bitblas.codecs.QuantizedWeight": ["bitblas.codecs.weight"],
+    "bitblas.codecs.from_gptq": ["bitblas.codecs.gptq"],
+    "bitblas.codecs.from_gptq_module": ["bitblas.codecs.gptq"],
+    "bitblas.codecs.from_awq": ["bitblas.codecs.awq"],
+    "bitblas.codecs.from_compressed": ["bitblas.codecs.compressed_tensors"],
+    "bitblas.codecs.quantize": ["bitblas.codecs.rounding"],
+    "bitblas.codecs.format_tensor": ["bitblas.codecs.weight"],
+    "bitblas.codecs.parse_format_tensor": ["bitblas.codecs.weight"],
     "bitblas.ops.QuantCompress": ["bitblas.ops.quant_compress"],
     "bitblas.ops.QuantCompressConfig": ["bitblas.ops.quant_compress"],
     "bitblas.ops.LOP3Permutate": ["bitblas.ops.lop3_permutate"],
@@ -64,6 +72,7 @@ DOORS = {
     "bitblas.Matmul": ("config", "name", "backend", "target", "plan"),
     "bitblas.ops.MatmulWithSplitK": (),
     "bitblas.cache.OperatorCache": (),
+    "bitblas.codecs.QuantizedWeight": ("W_dtype", "packed", "in_features", "scales"),
     "bitblas.ops.QuantCompress": ("config", "name", "backend", "target"),
     "bitblas.ops.LOP3Permutate": ("config", "name", "backend", "target"),
     "bitblas.ops.LadderPermutate": ("config", "name", "backend", "target"),
@@ -128,7 +137,7 @@ def test_names_are_documented(path):
 
 @pytest.mark.parametrize(("path", "parameters", "returns"), SIGNATURES, ids=[path for path, _, _ in SIGNATURES])
 def test_signatures(path, parameters, returns):
-    namespace = {"np": np}
+    namespace = {"np": np, "torch": torch}
     exec(f"def documented({parameters}): ...", namespace)
     documented = list(inspect.signature(namespace["documented"]).parameters.values())
     signature = inspect.signature(resolve(path))
