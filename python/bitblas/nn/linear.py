@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,20 +10,18 @@ import torch
 from ..codecs import QuantizedWeight
 from ..codecs.gptq import from_gptq_module
 from ..codecs.rounding import quantize
-from ..codecs.weight import format_tensor
 from ..config import DEFAULT_BUCKETS, MatmulConfig, check_size
 from ..errors import ArgumentError
 from ..ops import Matmul
 from ..ops.arguments import PLAIN
-from ..ops.bound import BoundMatmul
-from .operators import shared_operator, target_of
-from .state import FLOATS, check_perm, follow_dtype, followed_dtype, format_conflict, packed_layout, relay
+from .portable import Portable
+from .state import FLOATS, describe, fit_tensor, packed_layout, relay
 
 #: What a call hands to the operator, beside the activations and the weight.
 _EXTRAS = ("scales", "zeros", "bias")
 
 
-class Linear(torch.nn.Module):
+class Linear(Portable):
     """y = x · dequantize(W)ᵀ (+ bias), with the weight in 1 to 16 bits, in buffers.
 
     Parameters
@@ -123,10 +120,6 @@ class Linear(torch.nn.Module):
         self._choose(config, place)
         self._make_buffers(place, act_order)
 
-    def _choose(self, config: MatmulConfig, device: torch.device) -> None:
-        self._operator = shared_operator(config, target_of(device), *self._options)
-        self._bound: BoundMatmul | None = None
-
     def _make_buffers(self, device: torch.device, act_order: bool) -> None:
         config, shape = self.config, (self.config.N, self.config.num_groups)
         fmt, scale_dtype = config.format, getattr(torch, config.scale_dtype)
@@ -157,16 +150,6 @@ class Linear(torch.nn.Module):
         return self._operator
 
     @property
-    def config(self) -> MatmulConfig:
-        """The operator's config."""
-        return self._operator.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffers are."""
-        return self._weight.device
-
-    @property
     def consistent(self) -> bool:
         """Whether weights and activations have one format."""
         return self.config.A_dtype == self.config.W_dtype
@@ -184,20 +167,6 @@ class Linear(torch.nn.Module):
     opt_M = property(lambda self: self.config.M)
     bits = property(lambda self: self.config.format.bits)
     source_format = property(lambda self: self._operator.source_format)
-
-    @property
-    def _weight_name(self) -> str:
-        config = self.config
-        return "weight" if config.format.is_native or config.W_dtype == config.A_dtype == "int8" else "qweight"
-
-    @property
-    def _weight(self) -> torch.Tensor:
-        return self._buffers[self._weight_name]  # type: ignore[return-value]
-
-    def _expected_format(self) -> torch.Tensor:
-        config = self.config
-        group = -1 if config.num_groups == 1 else config.group
-        return format_tensor(config.W_dtype, group, config.zeros_mode if config.with_zeros else None)
 
     def extra_repr(self) -> str:
         """What stands in the parentheses of `repr`."""
@@ -249,7 +218,7 @@ class Linear(torch.nn.Module):
     def _is_bound(self) -> bool:
         """Whether the buffers are those that were checked, and where they were."""
         buffers = self._buffers
-        for name, tensor, address in self._checked:
+        for name, tensor, address in self._checked:  # noqa: SIM110 - a generator takes twice as long
             if buffers[name] is not tensor or tensor.data_ptr() != address:
                 return False
         return True
@@ -322,31 +291,10 @@ class Linear(torch.nn.Module):
         """
         device = weight.device if self._weight.is_meta else self.device
         given = {"scales": scales, "zeros": zeros, "bias": bias}
-        ready = {name: self._convert(name, t, device) for name, t in given.items() if t is not None}
+        ready = {name: fit_tensor(name, t, self._buffers[name], device) for name, t in given.items() if t is not None}
         ready[self._weight_name] = self._operator.transform_weight(weight).to(device)
         for name, tensor in ready.items():
             self._buffers[name] = tensor
-
-    def _convert(self, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A tensor as the buffer of that name, of whose shape and dtype it has to be, but for floats."""
-        buffer = self._buffers[name]
-        if buffer is None:
-            raise ArgumentError(f"{name} was given, and this layer was built without: {self}")
-        shaped = tensor.detach()
-        if shaped.dim() == 1 and tuple(buffer.shape) == (tensor.shape[0], 1):
-            shaped = shaped.unsqueeze(1)
-        same_bytes = buffer.dtype is torch.int8 and tensor.dtype is torch.uint8
-        both_floats = buffer.is_floating_point() and tensor.is_floating_point()
-        if shaped.shape != buffer.shape or not (tensor.dtype is buffer.dtype or same_bytes or both_floats):
-            raise ArgumentError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {buffer.dtype} {tuple(buffer.shape)}"
-            )
-        if same_bytes:
-            return shaped.view(torch.int8).to(device, copy=True)
-        found = shaped.to(device, buffer.dtype, copy=True).contiguous()
-        if both_floats and not bool(torch.isfinite(found).all()) and bool(torch.isfinite(tensor).all()):
-            raise ArgumentError(f"{name} holds {tensor.abs().max().item():g}, which {buffer.dtype} cannot")
-        return found
 
     def load_quantized(self, weight: QuantizedWeight, device: torch.device | str | None = None) -> None:
         """Put a quantized weight into the buffers.
@@ -370,7 +318,7 @@ class Linear(torch.nn.Module):
         mine = (config.N, config.K, config.W_dtype, config.num_groups, config.zeros_mode if config.with_zeros else None)
         if found != mine or not config.with_scaling:
             raise ArgumentError(
-                f"the weight is {_describe(*found)}; this layer takes {_describe(*mine)}"
+                f"the weight is {describe(*found)}; this layer takes {describe(*mine)}"
                 + ("" if config.with_scaling else ", without scales")
             )
         if weight.bias is not None and not config.with_bias and bool(weight.bias.any()):
@@ -382,7 +330,7 @@ class Linear(torch.nn.Module):
             self.to_empty(device=place)
         packed = weight.packed.to(place)
         new = {"scales": weight.scales, "zeros": weight.zeros, "bias": weight.bias if config.with_bias else None}
-        ready = {name: self._convert(name, t, place) for name, t in new.items() if t is not None}
+        ready = {name: fit_tensor(name, t, self._buffers[name], place) for name, t in new.items() if t is not None}
         native = relay(packed, packed_layout(config), self._operator.layout)
         ready[self._weight_name] = native.clone() if native is weight.packed else native
         if config.with_bias and weight.bias is None:
@@ -525,121 +473,3 @@ class Linear(torch.nn.Module):
         """
         weight = quantize(linear.weight, W_dtype, group_size, symmetric, None, linear.bias)
         return cls.from_quantized(weight, **options)
-
-    def _set_perm(self, perm: torch.Tensor | None) -> None:
-        self._buffers["perm"] = None if perm is None else check_perm(perm, self.config.K)
-
-    # -- devices, dtypes, files ------------------------------------------------------------------------------------------
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
-        """What `.to()`, `.half()` and their like do: the weight is packed, moved, and laid out for where it then is."""
-        old, device = self._operator, self.device
-        probe = fn(torch.empty(0, dtype=followed_dtype(self.config), device=device))
-        config = follow_dtype(self.config, probe.dtype)
-        if probe.device != device or config != self.config:
-            new = shared_operator(config, target_of(probe.device), *self._options)
-            if new.layout != old.layout:
-                self._buffers[self._weight_name] = relay(self._weight, old.layout, packed_layout(old.config))
-            super()._apply(fn, recurse)
-            if new.layout != old.layout:
-                self._buffers[self._weight_name] = relay(self._weight, packed_layout(config), new.layout)
-            self._choose(config, probe.device)
-            self._fit_dtypes()
-        else:
-            super()._apply(fn, recurse)
-        return self
-
-    def _fit_dtypes(self) -> None:
-        """Bring scales, zero points and bias to the dtypes that the kernels take."""
-        wanted = {"scales": self.config.scale_dtype, "zeros": self.config.scale_dtype, "bias": self.config.bias_dtype}
-        for name, dtype in wanted.items():
-            tensor = self._buffers[name]
-            if tensor is not None and tensor.is_floating_point():
-                self._buffers[name] = tensor.to(getattr(torch, dtype))
-
-    def load_packed_(self) -> Linear:
-        """Lay the weight out for the kernels, after something has put the packed form of it into the buffers.
-
-        Raises
-        ------
-        ArgumentError
-            `format` names another format, or `perm` is no permutation.
-        """
-        found = self._buffers.get("format")
-        conflict = format_conflict(found, self._expected_format()) if found is not None else None
-        if conflict:
-            raise ArgumentError(conflict)
-        self._choose(self.config, self.device)
-        self._fit_dtypes()
-        self._set_perm(self.perm)
-        self._buffers[self._weight_name] = relay(self._weight, packed_layout(self.config), self._operator.layout)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        name = prefix + self._weight_name
-        destination[name] = relay(destination[name], self._operator.layout, packed_layout(self.config))
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        given = dict(state_dict)
-        weight, form, perm = (given.get(prefix + name) for name in (self._weight_name, "format", "perm"))
-        conflict = format_conflict(form, self._expected_format()) if form is not None else None
-        if conflict:
-            error_msgs.append(f"{prefix}{conflict}")
-            return
-        if form is None and "format" in self._buffers:  # written by another library: there is nothing to compare
-            given[prefix + "format"] = self._buffers["format"]
-        if perm is not None and self.perm is None:
-            self._buffers["perm"] = torch.empty_like(perm, device=self.device)
-        fits = isinstance(weight, torch.Tensor) and weight.shape == self._weight.shape
-        if isinstance(weight, torch.Tensor) and fits:
-            assigned = local_metadata.get("assign_to_params_buffers", False)
-            if assigned and weight.device != self.device:
-                self._choose(self.config, weight.device)
-            value = weight.detach().to(self._weight.dtype)
-            given[prefix + self._weight_name] = relay(value, packed_layout(self.config), self._operator.layout)
-        super()._load_from_state_dict(given, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if not error_msgs:
-            self._fit_dtypes()
-            if not self._weight.is_meta:
-                self._set_perm(self.perm)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Packed, for other machines; without the operator."""
-        state = {
-            name: value for name, value in self.__dict__.items() if name not in ("_operator", "_bound", "_checked")
-        }
-        packed = relay(self._weight, self._operator.layout, packed_layout(self.config))
-        state["_buffers"] = {**self._buffers, self._weight_name: packed}
-        state["_config"] = self.config
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        config = state.pop("_config")
-        super().__setstate__(state)
-        name = "weight" if "weight" in self._buffers else "qweight"
-        self._choose(config, self._buffers[name].device)  # type: ignore[union-attr]
-        self._buffers[name] = relay(self._buffers[name], packed_layout(config), self._operator.layout)  # type: ignore[arg-type]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Linear:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        shared = {"_operator": self._operator, "_bound": None}
-        copied.__dict__.update(
-            {k: shared[k] if k in shared else deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_checked"}
-        )
-        return copied
-
-
-def _describe(n: int, k: int, w_dtype: str, groups: int, mode: str | None) -> str:
-    zeros = f"zero points {mode!r}" if mode else "no zero points"
-    return f"({n}, {k}) {w_dtype} in groups of {k // groups} with {zeros}"

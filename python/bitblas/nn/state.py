@@ -47,7 +47,7 @@ def follow_dtype(config: MatmulConfig, dtype: torch.dtype) -> MatmulConfig:
     if name not in FLOATS:
         raise ArgumentError(f"the layer cannot be changed to {dtype}; allowed: {', '.join(FLOATS)}")
     followers = [field for field in ("A_dtype", "out_dtype", "W_dtype") if getattr(config, field) in FLOATS]
-    return replace(config, **dict.fromkeys(followers, name))
+    return replace(config, **dict.fromkeys(followers, name))  # type: ignore[arg-type]
 
 
 def check_perm(perm: torch.Tensor, k: int) -> torch.Tensor:
@@ -73,3 +73,36 @@ def format_conflict(found: torch.Tensor, expected: torch.Tensor) -> str | None:
         return None
     theirs, mine = parse_format_tensor(found.cpu()), parse_format_tensor(expected.cpu())
     return None if theirs == mine else f"format is {theirs}; this layer takes {mine}"
+
+
+def fit_tensor(name: str, tensor: torch.Tensor, buffer: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """A copy of a tensor, on a device, of the shape and dtype of the buffer that it is for.
+
+    Raises
+    ------
+    ArgumentError
+        There is no such buffer, the shape or kind of dtype is another, or a value is beyond the buffer's dtype.
+    """
+    if buffer is None:
+        raise ArgumentError(f"{name} was given, and this layer was built without")
+    shaped = tensor.detach()
+    if shaped.dim() == 1 and tuple(buffer.shape) == (tensor.shape[0], 1):
+        shaped = shaped.unsqueeze(1)
+    same_bytes = buffer.dtype is torch.int8 and tensor.dtype is torch.uint8
+    both_floats = buffer.is_floating_point() and tensor.is_floating_point()
+    if shaped.shape != buffer.shape or not (tensor.dtype is buffer.dtype or same_bytes or both_floats):
+        raise ArgumentError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {buffer.dtype} {tuple(buffer.shape)}"
+        )
+    if same_bytes:
+        shaped = shaped.contiguous().view(torch.int8)
+    found = shaped.to(device, buffer.dtype, copy=True).contiguous()
+    if both_floats and bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(found).all()):
+        raise ArgumentError(f"{name} holds {tensor.abs().max().item():g}, which {buffer.dtype} does not")
+    return found
+
+
+def describe(n: int, k: int, w_dtype: str, groups: int, mode: str | None) -> str:
+    """A weight in words."""
+    zeros = f"zero points {mode!r}" if mode else "no zero points"
+    return f"({n}, {k}) {w_dtype} in groups of {k // groups} with {zeros}"
