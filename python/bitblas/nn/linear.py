@@ -210,7 +210,7 @@ class Linear(Portable):
                 and not (torch.is_grad_enabled() and (A.requires_grad or any(t.requires_grad for t in bound.tensors)))
                 and self._is_bound()
             ):
-                perm = self._buffers["perm"]
+                perm = self._buffers.get("perm")
                 return bound(A if perm is None else self._order(A, perm))
             self._bind()
         return self._forward(A, output)
@@ -219,14 +219,16 @@ class Linear(Portable):
         """Whether the buffers are those that were checked, and where they were."""
         buffers = self._buffers
         for name, tensor, address in self._checked:  # noqa: SIM110 - a generator takes twice as long
-            if buffers[name] is not tensor or tensor.data_ptr() != address:
+            if buffers.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
         return True
 
     def _bind(self) -> None:
         """Check the buffers once, for the calls that follow, unless some have to be converted at each call."""
-        names = [self._weight_name, *(name for name in _EXTRAS if self._buffers[name] is not None)]
-        self._bound = self._operator.bind(*(self._buffers[name] for name in names))  # type: ignore[arg-type]
+        names = [self._weight_name, *(name for name in _EXTRAS if self._tensor(name) is not None)]
+        self._bound = None
+        if not self._parameters:  # which a user has put there, to be trained
+            self._bound = self._operator.bind(*(self._tensor(name) for name in names))  # type: ignore[arg-type]
         if self._bound is not None:
             self._checked = [(name, t, t.data_ptr()) for name, t in zip(names, self._bound.tensors, strict=True)]
 
@@ -238,26 +240,26 @@ class Linear(Portable):
 
     def _forward(self, A: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
         """All that may have to be done: conversions, gradients, graphs, errors."""
-        buffers, a_dtype = self._buffers, self.config.A_dtype
+        a_dtype = self.config.A_dtype
         if not isinstance(A, torch.Tensor):
             raise ArgumentError(f"A is a {type(A).__name__}; it must be a torch.Tensor")
         if a_dtype in FLOATS and A.is_floating_point() and torch.is_autocast_enabled(A.device.type):
             A = A.to(getattr(torch, a_dtype))
         if torch.is_grad_enabled():
             for name in (self._weight_name, "scales", "zeros"):
-                tensor = buffers[name]
+                tensor = self._tensor(name)
                 if tensor is not None and tensor.requires_grad:
                     raise ArgumentError(
                         f"{name} requires a gradient, and a quantized weight has none: gradients flow to the input and the "
                         f"bias. Call requires_grad_(False) on it"
                     )
-        perm = buffers["perm"]
+        perm = self._tensor("perm")
         return self._operator(
             A if perm is None else self._order(A, perm),
             self._weight,
-            scale=buffers["scales"],
-            zeros=buffers["zeros"],
-            bias=buffers["bias"],
+            scale=self._tensor("scales"),
+            zeros=self._tensor("zeros"),
+            bias=self._tensor("bias"),
             output=output,
         )
 
@@ -291,10 +293,10 @@ class Linear(Portable):
         """
         device = weight.device if self._weight.is_meta else self.device
         given = {"scales": scales, "zeros": zeros, "bias": bias}
-        ready = {name: fit_tensor(name, t, self._buffers[name], device) for name, t in given.items() if t is not None}
+        ready = {name: fit_tensor(name, t, self._tensor(name), device) for name, t in given.items() if t is not None}
         ready[self._weight_name] = self._operator.transform_weight(weight).to(device)
         for name, tensor in ready.items():
-            self._buffers[name] = tensor
+            self._put(name, tensor)
 
     def load_quantized(self, weight: QuantizedWeight, device: torch.device | str | None = None) -> None:
         """Put a quantized weight into the buffers.
@@ -327,19 +329,19 @@ class Linear(Portable):
         if place.type == "meta":
             place = weight.packed.device
         if place != self.device:
-            self.to_empty(device=place)
+            self._choose(config, place)  # every tensor is replaced below
         packed = weight.packed.to(place)
         new = {"scales": weight.scales, "zeros": weight.zeros, "bias": weight.bias if config.with_bias else None}
-        ready = {name: fit_tensor(name, t, self._buffers[name], place) for name, t in new.items() if t is not None}
+        ready = {name: fit_tensor(name, t, self._tensor(name), place) for name, t in new.items() if t is not None}
         native = relay(packed, packed_layout(config), self._operator.layout)
         ready[self._weight_name] = native.clone() if native is weight.packed else native
         if config.with_bias and weight.bias is None:
-            ready["bias"] = torch.zeros_like(self._buffers["bias"])  # type: ignore[arg-type]
+            ready["bias"] = torch.zeros_like(self._tensor("bias"), device=place)  # type: ignore[arg-type]
         self._set_perm(None if weight.perm is None else weight.perm.to(place, copy=True))
         for name, tensor in ready.items():
-            self._buffers[name] = tensor
+            self._put(name, tensor)
         if "format" in self._buffers:
-            self._buffers["format"] = self._expected_format().to(place)
+            self._put("format", self._expected_format().to(place))
 
     def to_quantized(self) -> QuantizedWeight:
         """The weight in the canonical form, on the layer's device; scales of one where the layer has none.
@@ -349,10 +351,10 @@ class Linear(Portable):
         ArgumentError
             The weight is in a floating-point dtype.
         """
-        config, buffers = self.config, self._buffers
+        config = self.config
         if config.format.is_native:
             raise ArgumentError(f"the weight is {config.W_dtype}; there is nothing quantized")
-        scales = buffers["scales"]
+        scales = self._tensor("scales")
         if scales is None:
             scales = torch.ones((config.N, 1), dtype=getattr(torch, config.scale_dtype), device=self.device)
             if config.with_zeros:
@@ -362,10 +364,10 @@ class Linear(Portable):
             relay(self._weight, self._operator.layout, packed_layout(config)),
             config.K,
             scales,
-            buffers["zeros"],
+            self._tensor("zeros"),
             config.zeros_mode,
-            buffers["perm"],
-            buffers["bias"],
+            self._tensor("perm"),
+            self._tensor("bias"),
         )
 
     def repack_from_gptq(self, m: torch.nn.Module, device: torch.device | str | None = None) -> None:

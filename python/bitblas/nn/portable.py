@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+#: Tensors that are floats, but for packed zero points.
+_FLOATING = ("scales", "zeros", "bias")
+
+
 class Portable(torch.nn.Module):
     """A module around one operator, whose weight is native in memory, and packed wherever it leaves the machine.
 
@@ -55,7 +59,18 @@ class Portable(torch.nn.Module):
 
     @property
     def _weight(self) -> torch.Tensor:
-        return self._buffers[self._weight_name]  # type: ignore[return-value]
+        return self._tensor(self._weight_name)  # type: ignore[return-value]
+
+    def _tensor(self, name: str) -> torch.Tensor | None:
+        """A buffer, or the parameter that a user has put into its place."""
+        return self._buffers[name] if name in self._buffers else self._parameters.get(name)
+
+    def _put(self, name: str, tensor: torch.Tensor | None) -> None:
+        """Replace what `_tensor` returns."""
+        if isinstance(parameter := self._parameters.get(name), torch.nn.Parameter) and tensor is not None:
+            parameter.data = tensor
+        else:
+            self._buffers[name] = tensor
 
     def _expected_format(self) -> torch.Tensor:
         config = self.config
@@ -63,33 +78,41 @@ class Portable(torch.nn.Module):
         return format_tensor(config.W_dtype, group, config.zeros_mode if config.with_zeros else None)
 
     def _set_perm(self, perm: torch.Tensor | None) -> None:
-        self._buffers["perm"] = None if perm is None else check_perm(perm, self.config.K)
+        self._put("perm", None if perm is None else check_perm(perm, self.config.K))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """What `.to()`, `.half()` and their like do: the weight is packed, moved, and laid out for where it then is."""
         old, device = self._operator, self.device
         probe = fn(torch.empty(0, dtype=followed_dtype(self.config), device=device))
+        if fn(torch.empty(0, dtype=torch.int8, device=device)).dtype is not torch.int8:
+            raise ArgumentError(f"all of the layer cannot be changed to {probe.dtype}: its weight is packed in bytes")
         config = follow_dtype(self.config, probe.dtype)
-        if probe.device != device or config != self.config:
-            new = shared_operator(config, target_of(probe.device), *self._options)
-            if new.layout != old.layout:
-                self._buffers[self._weight_name] = relay(self._weight, old.layout, packed_layout(old.config))
-            super()._apply(fn, recurse)
-            if new.layout != old.layout:
-                self._buffers[self._weight_name] = relay(self._weight, packed_layout(config), new.layout)
-            self._choose(config, probe.device)
-            self._fit_dtypes()
-        else:
-            super()._apply(fn, recurse)
+        moved = probe.device != device
+        new = (
+            shared_operator(config, target_of(probe.device), *self._options) if moved or config != self.config else old
+        )
+        before = {name: self._tensor(name) for name in _FLOATING}
+        if new.layout != old.layout:
+            self._put(self._weight_name, relay(self._weight, old.layout, packed_layout(old.config)))
+        super()._apply(fn, recurse)
+        if new.layout != old.layout:
+            self._put(self._weight_name, relay(self._weight, packed_layout(config), new.layout))
+        self._operator, self._bound = new, None
+        self._fit_dtypes(before)
+        if moved and "format" in self._buffers:  # `to_empty` leaves it undefined
+            self._put("format", self._expected_format().to(probe.device))
         return self
 
-    def _fit_dtypes(self) -> None:
-        """Bring scales, zero points and bias to the dtypes that the kernels take."""
-        wanted = {"scales": self.config.scale_dtype, "zeros": self.config.scale_dtype, "bias": self.config.bias_dtype}
-        for name, dtype in wanted.items():
-            tensor = self._buffers[name]
-            if tensor is not None and tensor.is_floating_point():
-                self._buffers[name] = tensor.to(getattr(torch, dtype))
+    def _fit_dtypes(self, before: Mapping[str, torch.Tensor | None] | None = None) -> None:
+        """Bring scales, zero points and bias to the dtypes that the kernels take: from `before`, where they had them."""
+        wanted = (self.config.scale_dtype, self.config.scale_dtype, self.config.bias_dtype)
+        for name, dtype in zip(_FLOATING, (getattr(torch, name) for name in wanted), strict=True):
+            tensor = self._tensor(name)
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype is dtype:
+                continue
+            had = (before or {}).get(name)
+            source = had if had is not None and had.dtype is dtype and not had.is_meta else tensor
+            self._put(name, source.detach().to(tensor.device, dtype))
 
     def load_packed_(self) -> Self:
         """Lay the weight out for the kernels, after something has put the packed form of it into the buffers.
@@ -99,14 +122,14 @@ class Portable(torch.nn.Module):
         ArgumentError
             `format` names another format, or `perm` is no permutation.
         """
-        found = self._buffers.get("format")
+        found = self._tensor("format")
         conflict = format_conflict(found, self._expected_format()) if found is not None else None
         if conflict:
             raise ArgumentError(conflict)
         self._choose(self.config, self.device)
         self._fit_dtypes()
         self._set_perm(self.perm)
-        self._buffers[self._weight_name] = relay(self._weight, packed_layout(self.config), self._operator.layout)
+        self._put(self._weight_name, relay(self._weight, packed_layout(self.config), self._operator.layout))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -124,14 +147,14 @@ class Portable(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = dict(state_dict)
+        given, errors = dict(state_dict), len(error_msgs)
         weight, form, perm = (given.get(prefix + name) for name in (self._weight_name, "format", "perm"))
         conflict = format_conflict(form, self._expected_format()) if form is not None else None
         if conflict:
             error_msgs.append(f"{prefix}{conflict}")
             return
         if form is None and "format" in self._buffers:  # written by another library: there is nothing to compare
-            given[prefix + "format"] = self._buffers["format"]
+            given[prefix + "format"] = self._expected_format()
         if perm is not None and self.perm is None:
             self._buffers["perm"] = torch.empty_like(perm, device=self.device)
         fits = isinstance(weight, torch.Tensor) and weight.shape == self._weight.shape
@@ -142,7 +165,7 @@ class Portable(torch.nn.Module):
             value = weight.detach().to(self._weight.dtype)
             given[prefix + self._weight_name] = relay(value, packed_layout(self.config), self._operator.layout)
         super()._load_from_state_dict(given, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if not error_msgs:
+        if len(error_msgs) == errors:
             self._fit_dtypes()
             if not self._weight.is_meta:
                 self._set_perm(self.perm)
@@ -152,17 +175,20 @@ class Portable(torch.nn.Module):
         state = {
             name: value for name, value in self.__dict__.items() if name not in ("_operator", "_bound", "_checked")
         }
+        home = "_parameters" if self._weight_name in self._parameters else "_buffers"
         packed = relay(self._weight, self._operator.layout, packed_layout(self.config))
-        state["_buffers"] = {**self._buffers, self._weight_name: packed}
+        if home == "_parameters":
+            packed = torch.nn.Parameter(packed, requires_grad=False)
+        state[home] = {**state[home], self._weight_name: packed}
         state["_config"] = self.config
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         config = state.pop("_config")
         super().__setstate__(state)
-        name = "weight" if "weight" in self._buffers else "qweight"
-        self._choose(config, self._buffers[name].device)  # type: ignore[union-attr]
-        self._buffers[name] = relay(self._buffers[name], packed_layout(config), self._operator.layout)  # type: ignore[arg-type]
+        tensor = next(t for t in (self._tensor(name) for name in ("qweight", "weight")) if t is not None)
+        self._choose(config, tensor.device)
+        self._put(self._weight_name, relay(tensor, packed_layout(config), self._operator.layout))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
