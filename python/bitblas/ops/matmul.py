@@ -26,7 +26,7 @@ from .bound import BoundMatmul
 from .cuda_arguments import CudaDoor
 from .facts import WithFacts
 from .provider import Provided, load, provide, store
-from .torch_operator import announce, operator_spec
+from .torch_operator import announce, makers, operator_spec
 from .weights import WithWeights
 
 if TYPE_CHECKING:
@@ -452,3 +452,10 @@ def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
 
 def _text(source: Path | str) -> str:
     return source.read_text() if isinstance(source, Path) else source
+
+
+def _make_operator(config: MatmulConfig, target: Target, dense_cache: bool) -> Matmul:
+    return Matmul(config, target=target, dense_cache=dense_cache)
+
+
+makers["matmul"] = _make_operator
