@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -9,12 +10,14 @@ from math import ceil
 import torch
 
 from .. import packing
-from ..dequantization import dequantize, unpack_zeros
+from ..dequantization import BLOCK_ROWS, dequantize, unpack_zeros
 from ..errors import ArgumentError
-from ..formats import DataFormat, parse_format
+from ..formats import FORMATS, DataFormat, parse_format
 
-#: Rows that are decoded at a time.
-_BLOCK_ROWS = 512
+ZEROS_MODES = ("original", "rescale", "quantized")
+
+#: Bytes of a format tensor.
+FORMAT_BYTES = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +110,8 @@ class QuantizedWeight:
         if zeros is not None and self.zeros_mode == "quantized":
             zeros = unpack_zeros(zeros, self.out_features, self.format.bits)
         order = None if self.perm is None else torch.argsort(self.perm)
-        for first in range(0, self.out_features, _BLOCK_ROWS):
-            rows = slice(first, min(first + _BLOCK_ROWS, self.out_features))
+        for first in range(0, self.out_features, BLOCK_ROWS):
+            rows = slice(first, min(first + BLOCK_ROWS, self.out_features))
             codes = packing.unpack_rows(self.packed[rows].view(torch.uint8), self.in_features, self.format.bits)
             points = None if zeros is None else zeros[rows]
             values = dequantize(codes, self.format, self.scales[rows], points, self.zeros_mode)
@@ -126,3 +129,75 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tupl
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         allowed = ", ".join(map(str, dtypes))
         raise ArgumentError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {allowed}, {shape}")
+
+
+def format_tensor(W_dtype: str, group_size: int, zeros_mode: str | None = None) -> torch.Tensor:
+    """Say, in a tensor that travels with packed weights, what they are.
+
+    Parameters
+    ----------
+    W_dtype : str
+        Name of the format; aliases are resolved.
+    group_size : int
+        How many consecutive columns share a scale; -1: all.
+    zeros_mode : str, optional
+        One of `ZEROS_MODES`; None where there are no zero points.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8 (128,): a JSON object in ASCII, keys sorted, filled up with spaces. It holds the arguments and `version`, 1.
+
+    Raises
+    ------
+    ArgumentError
+        A group size or a mode that is not allowed.
+    ConfigError
+        No format has that name.
+    """
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise ArgumentError(f"group_size is {group_size!r}; allowed: -1 and integers of at least 1")
+    if zeros_mode is not None and zeros_mode not in ZEROS_MODES:
+        raise ArgumentError(f"zeros_mode is {zeros_mode!r}; allowed: None, {', '.join(ZEROS_MODES)}")
+    fields = {"W_dtype": parse_format(W_dtype).name, "group_size": group_size, "zeros_mode": zeros_mode, "version": 1}
+    text = json.dumps(fields, sort_keys=True).encode("ascii")
+    return torch.tensor(list(text.ljust(FORMAT_BYTES)), dtype=torch.uint8, device="cpu")
+
+
+def parse_format_tensor(tensor: torch.Tensor) -> dict[str, object]:
+    """Read what `format_tensor` wrote.
+
+    Returns
+    -------
+    dict
+        `W_dtype` (str), `group_size` (int) and `zeros_mode` (str or None), to be handed to `format_tensor` again.
+
+    Raises
+    ------
+    ArgumentError
+        Anything that `format_tensor` of this version does not write.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype is not torch.uint8 or tensor.shape != (FORMAT_BYTES,):
+        shape = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else repr(tensor)
+        raise ArgumentError(f"format is {shape}; expected torch.uint8, ({FORMAT_BYTES},)")
+    text = bytes(tensor.tolist())
+    shown = repr(text.rstrip(b" "))
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ArgumentError(f"format holds {shown}; expected a JSON object, filled up with spaces")
+    if fields.pop("version", None) != 1:
+        raise ArgumentError(f"format holds {shown}; expected version 1, others are not known here")
+    if set(fields) == {"W_dtype", "group_size", "zeros_mode"} and fields["W_dtype"] in list(FORMATS):
+        try:
+            known = bytes(format_tensor(**fields).tolist()) == text
+        except ArgumentError as error:
+            raise ArgumentError(f"format holds {shown}: {error}") from error
+        if known:
+            return fields
+    raise ArgumentError(
+        f"format holds {shown}; expected W_dtype (the name of a format), group_size, zeros_mode and version, written by "
+        f"`format_tensor` (ASCII, sorted keys)"
+    )

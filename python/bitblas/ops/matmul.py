@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,10 +21,12 @@ from ..target import Target, resolve_target
 from ..tuner import SECONDS
 from ..tuner.record import choices, read_record
 from . import provider
-from .arguments import Door
+from .arguments import PLAIN, Door
+from .bound import BoundMatmul
 from .cuda_arguments import CudaDoor
 from .facts import WithFacts
 from .provider import Provided, load, provide, store
+from .torch_operator import announce, operator_spec
 from .weights import WithWeights
 
 if TYPE_CHECKING:
@@ -114,6 +116,7 @@ class Matmul(WithWeights, WithFacts):
         dense_cache: bool = False,
     ) -> None:
         self.config, self.name, self.backend, self._dense_cache = config, name, backend, bool(dense_cache)
+        self._with_bias = config.with_bias
         self.target: Target = plan.target
         self.plan = plan
         self._tuning_record = record
@@ -123,6 +126,9 @@ class Matmul(WithWeights, WithFacts):
         self._kernels: Kernels | None = self._own(provided.kernels) if provided else None
         shape = tuple(self.retrieve_weight_shape())
         self._door = CudaDoor(config, shape, plan.target) if plan.target.kind == "cuda" else Door(config, shape)
+        #: names this operator in a graph of torch
+        self.spec = operator_spec(config, plan.target, self.layout.name, self._dense_cache)
+        announce(self.spec, self)
 
     @classmethod
     def restore(
@@ -189,13 +195,67 @@ class Matmul(WithWeights, WithFacts):
         named = None
         if scale is not None or zeros is not None or bias is not None:
             named = {"scale": scale, "zeros": zeros, "bias": bias}
-        m, operands, out = self._door.enter(A, W, extras, named, output)
-        if m:
-            kernels = self._kernels or self._provide()
-            kernels.launch(m, operands, out if out.dim() == 2 else out.view(m, self.config.N))
-        return out
+        if torch.compiler.is_compiling() or type(A) not in PLAIN:
+            traced = isinstance(A, torch.Tensor)
+        else:
+            traced = torch.is_grad_enabled() and (
+                A.requires_grad or (self._with_bias and _any_requires_grad(*extras, bias))
+            )
+        return (self._dispatch if traced else self.launch)(A, W, extras, named, output)
 
     __call__ = forward
+
+    def launch(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None] | None,
+        output: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`forward`, with the operands by name in a dict, for tensors that have data: without a gradient, and not traced."""
+        m, operands, out = self._door.enter(A, W, extras, named, output)
+        if m:
+            self._ready().launch(m, operands, out if out.dim() == 2 else out.view(m, self.config.N))
+        return out
+
+    def bind(self, W: torch.Tensor, *extras: torch.Tensor | None) -> BoundMatmul | None:
+        """The operator with all operands but A checked once; None where one of them has to be converted at each call.
+
+        Parameters
+        ----------
+        W, *extras : torch.Tensor
+            As of `forward`, where None stands for what the operator does not want.
+        """
+        wanted = [extra for extra in extras if extra is not None]
+        return BoundMatmul(self._door, self._ready, (W, *wanted)) if self._door.is_ready((W, *wanted)) else None
+
+    def _ready(self) -> Kernels:
+        return self._kernels or self._provide()
+
+    def _dispatch(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None] | None,
+        output: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """By torch's dispatcher, for graphs, gradients and tensors of other classes."""
+        bound, output = self._door.bind(extras, named or {}, output)
+        operands = A, W, bound.get("scale"), bound.get("zeros"), bound.get("bias")
+        if output is None:
+            return torch.ops.bitblas.matmul(*operands, self.spec)
+        if torch.is_grad_enabled() and _any_requires_grad(A, bound.get("bias")):
+            raise ArgumentError(
+                "output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()"
+            )
+        torch.ops.bitblas.matmul_into(*operands, output, self.spec)
+        return output
+
+    def build(self) -> None:
+        """Load or build the kernels now, unless they are there; the first call does so, too."""
+        self._provide()
 
     # -- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -385,6 +445,10 @@ class Matmul(WithWeights, WithFacts):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config!r}, target={str(self.target)!r})"
+
+
+def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def _text(source: Path | str) -> str:
