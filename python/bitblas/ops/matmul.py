@@ -265,7 +265,8 @@ class Matmul(WithWeights, WithFacts):
                 saved = None
                 if self._from_database and provider.find_saved is not None:
                     saved = provider.find_saved(self.config, self.target)
-                self.plan, self._provided = saved or (self.plan, provide(self.plan))
+                self._provided = saved or provide(self.plan)
+                self.plan = self._provided.plan
                 self._kernels = self._own(self._provided.kernels)
             return self._kernels or self._own(self._provided.kernels)
 
@@ -437,7 +438,7 @@ class Matmul(WithWeights, WithFacts):
             with suppress(ArtifactError, OSError):  # it comes from another machine, where that directory was another
                 provided = load(plan, root)
             provided = provided or provide(plan)
-        return cls.restore(config, plan, provided, name, backend, record, dense_cache)
+        return cls.restore(config, provided.plan if provided else plan, provided, name, backend, record, dense_cache)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Matmul:
         return self  # it holds no state that a copy could change
