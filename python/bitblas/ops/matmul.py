@@ -127,8 +127,8 @@ class Matmul(WithWeights, WithFacts):
         shape = tuple(self.retrieve_weight_shape())
         self._door = CudaDoor(config, shape, plan.target) if plan.target.kind == "cuda" else Door(config, shape)
         #: names this operator in a graph of torch
-        self.spec = operator_spec(config, plan.target, self.layout.name, self._dense_cache)
-        announce(self.spec, self)
+        self._spec = operator_spec(config, plan.target, self.layout.name, self._dense_cache)
+        announce(self._spec, self)
 
     @classmethod
     def restore(
@@ -245,12 +245,12 @@ class Matmul(WithWeights, WithFacts):
         bound, output = self._door.bind(extras, named or {}, output)
         operands = A, W, bound.get("scale"), bound.get("zeros"), bound.get("bias")
         if output is None:
-            return torch.ops.bitblas.matmul(*operands, self.spec)
+            return torch.ops.bitblas.matmul(*operands, self._spec)
         if torch.is_grad_enabled() and _any_requires_grad(A, bound.get("bias")):
             raise ArgumentError(
                 "output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()"
             )
-        torch.ops.bitblas.matmul_into(*operands, output, self.spec)
+        torch.ops.bitblas.matmul_into(*operands, output, self._spec)
         return output
 
     def build(self) -> None:
