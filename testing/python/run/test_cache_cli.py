@@ -466,15 +466,47 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory):
-    """An environment of Python that has bitblas and what it needs to load operators, and neither TVM nor a compiler."""
+#: What bitblas needs to load operators.
+NEEDED = ("torch", "apache-tvm-ffi", "numpy", "filelock", "psutil", "safetensors", "thefuzz", "tqdm")
+#: What a wheel is built from.
+BUILT_FROM = ("python", "src", "integration", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")
+
+
+@pytest.fixture(scope="module", params=["linked", pytest.param("installed", marks=pytest.mark.slow)])
+def bare(request, tmp_path_factory):
+    """An environment of Python that has bitblas and what it needs to load operators, and neither TVM nor a compiler.
+
+    "linked" has the packages that are installed here; in "installed" pip has put them and a wheel of bitblas, for two minutes.
+    """
     folder = tmp_path_factory.mktemp("bare")
+    return (link if request.param == "linked" else install)(folder)
+
+
+def install(folder):
+    def pip(python, *arguments):
+        command = [str(python), "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=570)
+
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    for name in BUILT_FROM:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, checkout / name)
+    wheel = pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, checkout)
+    assert wheel.returncode == 0, wheel.stderr
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    python = folder / "venv" / "bin" / "python"
+    got = pip(python, "install", *(f"{name}=={metadata.version(name)}" for name in NEEDED))
+    if got.returncode:
+        pytest.skip(f"pip cannot install what bitblas needs: {got.stderr.strip().splitlines()[-1]}")
+    done = pip(python, "install", "--no-deps", *folder.glob("bitblas-*.whl"))
+    assert done.returncode == 0, done.stderr
+    return python
+
+
+def link(folder):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
-    for name in requirements(
-        "torch", "apache-tvm-ffi", "numpy", "filelock", "psutil", "safetensors", "thefuzz", "tqdm"
-    ):
+    for name in requirements(*NEEDED):
         for file in metadata.files(name) or ():
             top = file.parts[0]
             if top not in ("..", "__pycache__") and not (site / top).exists():
