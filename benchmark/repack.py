@@ -18,7 +18,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-SHAPES = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "o_proj": (4096, 4096), "up_proj": (11008, 4096), "down_proj": (4096, 11008)}
+SHAPES = {
+    "q_proj": (4096, 4096),
+    "k_proj": (1024, 4096),
+    "o_proj": (4096, 4096),
+    "up_proj": (11008, 4096),
+    "down_proj": (4096, 11008),
+}
 GROUP = 128
 
 
@@ -84,7 +90,9 @@ def main() -> None:
         source, target = Path(folder) / "source", Path(folder) / "target"
         make(source, options.megabytes, options.shards, options.method, options.act_order)
         largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
-        print(f"{options.method}, uint4 g{GROUP}, {options.threads} thread(s), {options.shards} shards of {largest / 1e6:.0f} MB")
+        print(
+            f"{options.method}, uint4 g{GROUP}, {options.threads} thread(s), {options.shards} shards of {largest / 1e6:.0f} MB"
+        )
         for name, more in {"verified": (), "not verified": ("--no-verify",)}.items():
             found = measure(source, target, options.threads, *more)
             print(

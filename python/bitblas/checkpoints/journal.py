@@ -95,7 +95,12 @@ class Journal:
         self.path = folder / f".{verb}.json"
         self._source, self._files = source, tuple(files)
         self._fingerprints = {file: fingerprint(source / file) for file in self._files}
-        self._identity: dict[str, Any] = {"verb": verb, "bitblas": __version__, "options": dict(options), "files": list(self._files)}
+        self._identity: dict[str, Any] = {
+            "verb": verb,
+            "bitblas": __version__,
+            "options": dict(options),
+            "files": list(self._files),
+        }
         for name in ("config.json", INDEX):
             self._identity[name] = digest(source / name) if (source / name).is_file() else None
         self._done: dict[str, Any] = {}

@@ -1,12 +1,13 @@
 """What foreign tensors stand for, computed plainly and without the codecs, and compared with what was written.
 
-A value is (code - zero point) · scale. The comparison is of the integers in brackets and of the scales in float32, which is
-stricter than one of the products, and takes a third of its time.
+A value is (code - zero point) · scale. Compared are the integers in brackets, and the scales in float32, which is stricter than
+to compare products, and takes a third of the time. Where zero points are the same, codes are compared, and where these lie in
+the same order in the same kind of stream, the bytes of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,8 @@ from ..errors import CheckpointError
 
 Tensors = Mapping[str, torch.Tensor | None]
 
-#: Codes that are compared at a time, so that they stay in a cache.
-_BLOCK_CODES = 1 << 18
+#: Codes that are compared at a time, so that they stay in a cache; and where only bytes are compared.
+_BLOCK_CODES, _STREAM_CODES = 1 << 18, 1 << 21
 #: Which of the eight columns of a word is in its lowest, second lowest, ... nibble.
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -31,6 +32,8 @@ class Reference:
     ----------
     codes : callable
         Takes a slice of rows that begins at a multiple of 8; gives their codes, uint8 (rows, K).
+    stream : callable or None
+        The same in our packed form, but for bits behind the last code, uint8 (rows, bytes or more).
     zeros : torch.Tensor
         int16 (N, G).
     scales : torch.Tensor
@@ -43,6 +46,7 @@ class Reference:
     zeros: torch.Tensor
     scales: torch.Tensor
     groups: torch.Tensor | None = None
+    stream: Callable[[slice], torch.Tensor] | None = None
 
 
 def unpack_stream(rows: torch.Tensor, count: int, bits: int) -> torch.Tensor:
@@ -84,11 +88,12 @@ def gptq_reference(tensors: Tensors, bits: int, version: int) -> Reference:
         zeros = _fields(words, bits)
     g_idx = tensors.get("g_idx")
 
-    def codes(rows: slice) -> torch.Tensor:
-        return unpack_stream(qweight[:, rows].T.contiguous().view(torch.uint8), k, bits)
+    def stream(rows: slice) -> torch.Tensor:
+        return qweight[:, rows].T.contiguous().view(torch.uint8)
 
     groups = None if g_idx is None else g_idx.to(torch.int64)
-    return Reference(codes, zeros.T.to(torch.int16), scales.T.float(), groups)
+    codes = _codes_of(stream, k, bits)
+    return Reference(codes, zeros.T.to(torch.int16), scales.T.float(), groups, stream)
 
 
 def awq_reference(tensors: Tensors) -> Reference:
@@ -123,10 +128,14 @@ def compressed_reference(tensors: Tensors, bits: int) -> Reference:
     g_idx = tensors.get("weight_g_idx")
     groups = None if g_idx is None or bool((g_idx < 0).all()) else g_idx.to(torch.int64)
 
-    def codes(rows: slice) -> torch.Tensor:
-        return unpack_stream(packed[rows].contiguous().view(torch.uint8), k, bits)
+    def stream(rows: slice) -> torch.Tensor:
+        return packed[rows].contiguous().view(torch.uint8)
 
-    return Reference(codes, zeros.to(torch.int16), scales, groups)
+    return Reference(_codes_of(stream, k, bits), zeros.to(torch.int16), scales, groups, stream)
+
+
+def _codes_of(stream: Callable[[slice], torch.Tensor], k: int, bits: int) -> Callable[[slice], torch.Tensor]:
+    return lambda rows: unpack_stream(stream(rows), k, bits)
 
 
 def _present(tensors: Tensors, *names: str) -> list[torch.Tensor]:
@@ -146,17 +155,35 @@ def check_weight(name: str, reference: Reference, weight: QuantizedWeight) -> No
     scales = reference.scales if order is None else reference.scales[:, order]
     zeros = reference.zeros if order is None else reference.zeros[:, order]
     _same(name, "scale", scales, weight.scales.float())
-    ours = _zeros(weight)
+    ours, k_bits = _zeros(weight), k * weight.format.bits
+    same_zeros = zeros.shape == ours.shape and np.array_equal(zeros.numpy(), ours.numpy())
+    if same_zeros and weight.perm is None and reference.stream is not None and k_bits % 8 == 0:
+        for rows in _blocks(n, k, _STREAM_CODES):
+            _same(
+                name,
+                "byte",
+                reference.stream(rows)[:, : k_bits // 8],
+                weight.packed[rows].view(torch.uint8),
+                rows.start,
+            )
+        return
     perm = None if weight.perm is None else weight.perm.numpy()
-    rows_each = max(1, _BLOCK_CODES // k // 8) * 8
-    for first in range(0, n, rows_each):
-        rows = slice(first, min(first + rows_each, n))
-        theirs = reference.codes(rows)
+    for rows in _blocks(n, k, _BLOCK_CODES):
+        wanted = reference.codes(rows)
         if perm is not None:
-            theirs = torch.from_numpy(np.take(theirs.numpy(), perm, axis=1))
+            wanted = torch.from_numpy(np.take(wanted.numpy(), perm, axis=1))
         found = unpack_stream(weight.packed[rows].view(torch.uint8), k, weight.format.bits)
-        wanted = theirs.to(torch.int16).view(-1, groups, k // groups) - zeros[rows].unsqueeze(2)
-        _same(name, "value", wanted, _signed(found, weight).view(wanted.shape) - ours[rows].unsqueeze(2), first)
+        if not same_zeros:
+            wanted = wanted.to(torch.int16).view(-1, groups, k // groups) - zeros[rows].unsqueeze(2)
+            found = _signed(found, weight).view(wanted.shape) - ours[rows].unsqueeze(2)
+        _same(name, "value", wanted, found, rows.start)
+
+
+def _blocks(n: int, k: int, codes: int) -> Iterator[slice]:
+    """Rows of about as many codes, a multiple of 8 each but the last."""
+    step = max(1, codes // k // 8) * 8
+    for first in range(0, n, step):
+        yield slice(first, min(first + step, n))
 
 
 def _signed(codes: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
@@ -218,13 +245,10 @@ def check_rounding(name: str, dense: torch.Tensor, weight: QuantizedWeight) -> N
     CheckpointError
         A value is further off, or is none.
     """
-    k = weight.in_features
-    rows_each = max(1, _BLOCK_CODES // k)
     table, halves = _table(weight)
     largest = float(table.abs().max()) if table.numel() else float(1 << weight.format.bits)
     finfo = torch.finfo(weight.scales.dtype)
-    for first in range(0, weight.out_features, rows_each):
-        rows = slice(first, min(first + rows_each, weight.out_features))
+    for rows in _blocks(weight.out_features, weight.in_features, _BLOCK_CODES):
         scales = weight.scales[rows].float().unsqueeze(2)
         values, steps = _values(weight, rows, table, halves)
         slack = largest * torch.maximum(scales * finfo.eps, torch.tensor(finfo.smallest_normal * finfo.eps))
@@ -233,7 +257,7 @@ def check_rounding(name: str, dense: torch.Tensor, weight: QuantizedWeight) -> N
         if bool(bad.any()):
             row, group, column = (int(v) for v in bad.nonzero()[0])
             raise CheckpointError(
-                f"{name}: what was written differs from the source: the value at {(row + first, group, column)} is off by "
+                f"{name}: what was written differs from the source: the value at {(row + rows.start, group, column)} is off by "
                 f"{float(error[row, group, column]):g}, with a scale of {float(scales[row, group, 0]):g}"
             )
 
@@ -254,16 +278,14 @@ def check_dense(name: str, weight: QuantizedWeight, dense: torch.Tensor) -> None
         inverse = torch.empty(k, dtype=torch.int64)
         inverse[weight.perm.long()] = torch.arange(k)
     table, halves = _table(weight)
-    rows_each = max(1, _BLOCK_CODES // k)
-    for first in range(0, n, rows_each):
-        rows = slice(first, min(first + rows_each, n))
+    for rows in _blocks(n, k, _BLOCK_CODES):
         scales = weight.scales[rows].float().unsqueeze(2)
         values = _values(weight, rows, table, halves)[0] * scales
         if weight.zeros is not None and weight.zeros_mode == "rescale":
             values = values - weight.zeros[rows].float().unsqueeze(2)
         values = values.view(-1, k)
         values = (values if inverse is None else values[:, inverse]).to(dense.dtype)
-        _same(name, "value", values.float(), dense[rows].float(), first)
+        _same(name, "value", values.float(), dense[rows].float(), rows.start)
 
 
 def _table(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
