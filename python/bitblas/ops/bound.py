@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
+from ..runtime import Kernels
 from .arguments import Door
 
 
@@ -16,32 +17,20 @@ class BoundMatmul:
     ----------
     door : Door
         The operator's.
-    run : callable
-        Computes, given m, the operands and the output.
+    kernels : callable
+        Gives the operator's kernels, which may change by tuning.
     tensors : tuple of torch.Tensor
-        All operands but A, in the kernel's order, as the kernel takes them.
+        All operands but A, in the kernel's order, as the kernel takes them. They must stay in their memory.
     """
 
-    __slots__ = ("_checked", "_door", "_run", "tensors")
+    __slots__ = ("_door", "_kernels", "tensors")
 
-    def __init__(
-        self,
-        door: Door,
-        run: Callable[[int, Sequence[torch.Tensor], torch.Tensor], None],
-        tensors: tuple[torch.Tensor, ...],
-    ) -> None:
-        self._door, self._run, self.tensors = door, run, tensors
-        self._checked = [(tensor, tensor.data_ptr()) for tensor in tensors]
-
-    def holds(self) -> bool:
-        """Whether all operands still have the memory in which they were checked, and none asks for a gradient."""
-        for tensor, address in self._checked:
-            if tensor.data_ptr() != address or tensor.requires_grad:
-                return False
-        return True
+    def __init__(self, door: Door, kernels: Callable[[], Kernels], tensors: tuple[torch.Tensor, ...]) -> None:
+        self._door, self._kernels, self.tensors = door, kernels, tensors
 
     def __call__(self, A: torch.Tensor) -> torch.Tensor:
         """See `Matmul.forward`."""
         m, operands, out = self._door.enter_bound(A, self.tensors)
-        self._run(m, operands, out)
+        if m:
+            self._kernels().launch(m, operands, out if out.dim() == 2 else out.view(m, -1))
         return out

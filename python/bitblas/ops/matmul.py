@@ -195,14 +195,13 @@ class Matmul(WithWeights, WithFacts):
         named = None
         if scale is not None or zeros is not None or bias is not None:
             named = {"scale": scale, "zeros": zeros, "bias": bias}
-        if type(A) not in PLAIN:
-            if isinstance(A, torch.Tensor):
-                return self._dispatch(A, W, extras, named, output)
-        elif torch.compiler.is_compiling():
-            return self._dispatch(A, W, extras, named, output)
-        elif torch.is_grad_enabled() and (A.requires_grad or (self._with_bias and _any_requires_grad(*extras, bias))):
-            return self._dispatch(A, W, extras, named, output)
-        return self.launch(A, W, extras, named, output)
+        if torch.compiler.is_compiling() or type(A) not in PLAIN:
+            traced = isinstance(A, torch.Tensor)
+        else:
+            traced = torch.is_grad_enabled() and (
+                A.requires_grad or (self._with_bias and _any_requires_grad(*extras, bias))
+            )
+        return (self._dispatch if traced else self.launch)(A, W, extras, named, output)
 
     __call__ = forward
 
@@ -216,7 +215,8 @@ class Matmul(WithWeights, WithFacts):
     ) -> torch.Tensor:
         """`forward`, with the operands by name in a dict, for tensors that have data: without a gradient, and not traced."""
         m, operands, out = self._door.enter(A, W, extras, named, output)
-        self._run(m, operands, out)
+        if m:
+            self._ready().launch(m, operands, out if out.dim() == 2 else out.view(m, self.config.N))
         return out
 
     def bind(self, W: torch.Tensor, *extras: torch.Tensor | None) -> BoundMatmul | None:
@@ -228,12 +228,10 @@ class Matmul(WithWeights, WithFacts):
             As of `forward`, where None stands for what the operator does not want.
         """
         wanted = [extra for extra in extras if extra is not None]
-        return BoundMatmul(self._door, self._run, (W, *wanted)) if self._door.is_ready((W, *wanted)) else None
+        return BoundMatmul(self._door, self._ready, (W, *wanted)) if self._door.is_ready((W, *wanted)) else None
 
-    def _run(self, m: int, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        if m:
-            kernels = self._kernels or self._provide()
-            kernels.launch(m, operands, out if out.dim() == 2 else out.view(m, self.config.N))
+    def _ready(self) -> Kernels:
+        return self._kernels or self._provide()
 
     def _dispatch(
         self,
@@ -249,7 +247,9 @@ class Matmul(WithWeights, WithFacts):
         if output is None:
             return torch.ops.bitblas.matmul(*operands, self.spec)
         if torch.is_grad_enabled() and _any_requires_grad(A, bound.get("bias")):
-            raise ArgumentError("output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()")
+            raise ArgumentError(
+                "output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()"
+            )
         torch.ops.bitblas.matmul_into(*operands, output, self.spec)
         return output
 

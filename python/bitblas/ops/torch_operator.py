@@ -152,9 +152,9 @@ def _gradient_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    A, W, scale, zeros, bias, ctx.operator = inputs
+    _, W, scale, zeros, bias, ctx.operator = inputs
     ctx.save_for_backward(W, scale, zeros)
-    ctx.bias = None if bias is None else (bias.dtype, bias.dim())
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -169,7 +169,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         for_a = torch.ops.bitblas.matmul_gradient(grad.contiguous(), W, scale, zeros, ctx.operator)
     if ctx.needs_input_grad[4]:
-        for_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias[0])
+        for_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return for_a, None, None, None, for_bias, None
 
 

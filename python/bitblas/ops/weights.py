@@ -158,8 +158,8 @@ class WithWeights:
         scales = None if scale is None else scale.detach().reshape(config.N, -1)
         for first in range(0, config.N, rows):
             place = slice(first, min(first + rows, config.N))
-            at = [None if t is None else t[place] for t in (scales, points)]
-            yield place, dequantize(codes[place], config.format, *at, config.zeros_mode)
+            factors, shifts = (None if t is None else t[place] for t in (scales, points))
+            yield place, dequantize(codes[place], config.format, factors, shifts, config.zeros_mode)
 
     def dequantize(
         self,
