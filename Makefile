@@ -34,7 +34,7 @@ wheel: $(VENV)/.installed  ## build dist/bitblas-*.whl
 bench: $(VENV)/.installed-bench  ## measure beside other libraries, for an hour; QUICK=1: five minutes; BENCH_ARGS="--resume"
 	$(PY) -m benchmark $(if $(QUICK),--quick) --out $(BENCH_OUT) $(BENCH_ARGS)
 
-interop: $(VENV)/.installed-interop  ## run hqq and gptqmodel, unmodified, on this bitblas
+interop: $(VENV)/.installed-interop  ## run compressed-tensors, gptqmodel and hqq, unmodified, on this bitblas
 	$(PY) -m pytest -n 2 -m interop $(PYTEST_ARGS)
 
 interop-setup: $(VENV)/.installed-interop

@@ -14,6 +14,10 @@ from ..dequantization import BLOCK_ROWS, dequantize, unpack_zeros
 from ..errors import ArgumentError
 from ..formats import FORMATS, DataFormat, parse_format
 
+#: What scales, and zero points that are floats, may be.
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+#: How zero points are held.
 ZEROS_MODES = ("original", "rescale", "quantized")
 
 #: Bytes of a format tensor.
@@ -61,23 +65,22 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         n, k, bits = self.packed.shape[0], self.in_features, self.format.bits
-        _check("packed", self.packed, (n, ceil(k * bits / 8)), (torch.int8,))
+        check_tensor("packed", self.packed, (n, ceil(k * bits / 8)), (torch.int8,))
         groups = self.scales.shape[-1] if self.scales.dim() == 2 else 0
         if not groups or k % groups:
             raise ArgumentError(
                 f"scales have shape {tuple(self.scales.shape)}; expected ({n}, a divisor of K = {k}), a scale for each group"
             )
-        floats = (torch.float16, torch.bfloat16, torch.float32)
-        _check("scales", self.scales, (n, groups), floats)
+        check_tensor("scales", self.scales, (n, groups), SCALE_DTYPES)
         if self.zeros is not None:
             if self.zeros_mode == "quantized":
-                _check("zeros", self.zeros, (groups, ceil(n * bits / 8)), (torch.int8,))
+                check_tensor("zeros", self.zeros, (groups, ceil(n * bits / 8)), (torch.int8,))
             else:
-                _check("zeros", self.zeros, (n, groups), (self.scales.dtype,))
+                check_tensor("zeros", self.zeros, (n, groups), (self.scales.dtype,))
         if self.bias is not None:
-            _check("bias", self.bias, (n,), (*floats, torch.float64))
+            check_tensor("bias", self.bias, (n,), (*SCALE_DTYPES, torch.float64))
         if self.perm is not None:
-            _check("perm", self.perm, (k,), (torch.int32,))
+            check_tensor("perm", self.perm, (k,), (torch.int32,))
             counts = torch.bincount(self.perm.long().clamp(0, k), minlength=k)
             if bool((self.perm < 0).any()) or counts.shape[0] != k or not bool((counts == 1).all()):
                 raise ArgumentError(f"perm is no permutation of 0 to {k - 1}")
@@ -125,9 +128,12 @@ class QuantizedWeight:
         return out
 
 
-def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise ArgumentError, naming the tensor, unless it has the shape and one of the dtypes."""
+    allowed = ", ".join(map(str, dtypes))
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(f"{name} is a {type(tensor).__name__}; expected a tensor, {allowed}, {shape}")
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        allowed = ", ".join(map(str, dtypes))
         raise ArgumentError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {allowed}, {shape}")
 
 

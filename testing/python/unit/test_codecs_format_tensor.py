@@ -98,7 +98,7 @@ def test_refuses_tensors(tensor, message):
 )
 def test_refuses_fields(change):
     fields = {"W_dtype": "uint4", "group_size": 32, "zeros_mode": None, "version": 1, **change}
-    with pytest.raises(ArgumentError, match="^format holds "):
+    with pytest.raises(ArgumentError, match=r"^format holds "):
         parse_format_tensor(tensor_of(json.dumps(fields, sort_keys=True).encode()))
 
 
