@@ -9,7 +9,16 @@ import importlib
 
 from ._version import __version__
 from .config import MatmulConfig
-from .errors import ArgumentError, ArtifactError, BitBLASError, BuildError, ConfigError, RemoteError, UnsupportedError
+from .errors import (
+    ArgumentError,
+    ArtifactError,
+    BitBLASError,
+    BuildError,
+    CheckpointError,
+    ConfigError,
+    RemoteError,
+    UnsupportedError,
+)
 from .logs import logger, set_log_level
 from .ops import Matmul
 from .utils import auto_detect_nvidia_target
@@ -19,6 +28,7 @@ __all__ = [
     "ArtifactError",
     "BitBLASError",
     "BuildError",
+    "CheckpointError",
     "ConfigError",
     "Linear",
     "Matmul",

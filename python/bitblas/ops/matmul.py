@@ -27,7 +27,7 @@ from .bound import BoundMatmul
 from .cuda_arguments import CudaDoor
 from .facts import WithFacts
 from .provider import Provided, load, provide, store
-from .torch_operator import announce, operator_spec
+from .torch_operator import announce, makers, operator_spec
 from .weights import WithWeights
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class Matmul(WithWeights, WithFacts):
         shape = tuple(self.retrieve_weight_shape())
         self._door = CudaDoor(config, shape, plan.target) if plan.target.kind == "cuda" else Door(config, shape)
         #: names this operator in a graph of torch
-        self.spec = operator_spec(config, plan.target, self.layout.name, self._dense_cache)
-        announce(self.spec, self)
+        self._spec = operator_spec(config, plan.target, self.layout.name, self._dense_cache)
+        announce(self._spec, self)
 
     @classmethod
     def restore(
@@ -248,12 +248,12 @@ class Matmul(WithWeights, WithFacts):
         bound, output = self._door.bind(extras, named or {}, output)
         operands = A, W, bound.get("scale"), bound.get("zeros"), bound.get("bias")
         if output is None:
-            return torch.ops.bitblas.matmul(*operands, self.spec)
+            return torch.ops.bitblas.matmul(*operands, self._spec)
         if torch.is_grad_enabled() and _any_requires_grad(A, bound.get("bias")):
             raise ArgumentError(
                 "output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()"
             )
-        torch.ops.bitblas.matmul_into(*operands, output, self.spec)
+        torch.ops.bitblas.matmul_into(*operands, output, self._spec)
         return output
 
     def _refuse_tangents(self, *tensors: torch.Tensor | None) -> None:
@@ -275,7 +275,8 @@ class Matmul(WithWeights, WithFacts):
                 saved = None
                 if self._from_database and provider.find_saved is not None:
                     saved = provider.find_saved(self.config, self.target)
-                self.plan, self._provided = saved or (self.plan, provide(self.plan))
+                self._provided = saved or provide(self.plan)
+                self.plan = self._provided.plan
                 self._kernels = self._own(self._provided.kernels)
             return self._kernels or self._own(self._provided.kernels)
 
@@ -447,7 +448,7 @@ class Matmul(WithWeights, WithFacts):
             with suppress(ArtifactError, OSError):  # it comes from another machine, where that directory was another
                 provided = load(plan, root)
             provided = provided or provide(plan)
-        return cls.restore(config, plan, provided, name, backend, record, dense_cache)
+        return cls.restore(config, provided.plan if provided else plan, provided, name, backend, record, dense_cache)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Matmul:
         return self  # it holds no state that a copy could change
@@ -462,3 +463,10 @@ def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
 
 def _text(source: Path | str) -> str:
     return source.read_text() if isinstance(source, Path) else source
+
+
+def _make_operator(config: MatmulConfig, target: Target, dense_cache: bool) -> Matmul:
+    return Matmul(config, target=target, dense_cache=dense_cache)
+
+
+makers["matmul"] = _make_operator

@@ -7,26 +7,54 @@ exported program finds, or builds, its kernels in another process.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 
 from ..config import MatmulConfig
 from ..errors import ArgumentError
+from ..layout import PackedLayout
 from ..target import Target
 
-if TYPE_CHECKING:
-    from .matmul import Matmul
+
+class Operator(Protocol):
+    """What is asked of a `Matmul` here."""
+
+    config: MatmulConfig
+
+    @property
+    def layout(self) -> PackedLayout:
+        """Where the bits of its weights lie."""
+
+    def launch(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None] | None,
+        output: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute."""
+
+    def weight_blocks(
+        self, weight: torch.Tensor, scale: torch.Tensor | None, zeros: torch.Tensor | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Decode."""
+
+
+#: Under "matmul" what makes an operator of a config, for a target, with or without a dense cache: `Matmul` puts itself here.
+makers: dict[str, Callable[[MatmulConfig, Target, bool], Operator]] = {}
 
 _OPERANDS = "Tensor A, Tensor W, Tensor? scale, Tensor? zeros, Tensor? bias"
 _DEVICES = ("cpu", "cuda")
 
 #: Operators that are alive, by spec; the latest of several.
-_alive: WeakValueDictionary[str, Matmul] = WeakValueDictionary()
+_alive: WeakValueDictionary[str, Operator] = WeakValueDictionary()
 #: Those that were made for a graph, which holds their spec only.
-_made: dict[str, Matmul] = {}
+_made: dict[str, Operator] = {}
 
 
 def operator_spec(config: MatmulConfig, target: Target, layout: str, dense_cache: bool) -> str:
@@ -35,12 +63,12 @@ def operator_spec(config: MatmulConfig, target: Target, layout: str, dense_cache
     return json.dumps(fields, sort_keys=True)
 
 
-def announce(spec: str, op: Matmul) -> None:
+def announce(spec: str, op: Operator) -> None:
     """Let graphs find `op`."""
     _alive[spec] = op
 
 
-def find_operator(spec: str) -> Matmul:
+def find_operator(spec: str) -> Operator:
     """The operator of a spec, made where none is alive.
 
     Raises
@@ -56,11 +84,9 @@ def find_operator(spec: str) -> Matmul:
     return found
 
 
-def _make(fields: dict[str, Any]) -> Matmul:
-    from .matmul import Matmul
-
+def _make(fields: dict[str, Any]) -> Operator:
     target = Target(**{**fields["target"], "mattr": tuple(fields["target"]["mattr"])})
-    op = Matmul(MatmulConfig(**fields["config"]), target=target, dense_cache=fields["dense_cache"])
+    op = makers["matmul"](MatmulConfig(**fields["config"]), target, fields["dense_cache"])
     if op.layout.name != fields["layout"]:
         raise ArgumentError(
             f"the graph's weights lie in the layout {fields['layout']!r}, those of this version's {target} in "
