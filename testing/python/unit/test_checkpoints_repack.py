@@ -41,6 +41,24 @@ KINDS = {
         "int4",
     ),
     "compressed 8": (folders.compressed_layer, {"bits": 8}, folders.compressed_config(bits=8), "int8"),
+    "compressed int8 zeros": (
+        folders.compressed_layer,
+        {"sym": False, "signed_zeros": True},
+        folders.compressed_config(sym=False),
+        "uint4",
+    ),
+    "compressed tensor": (
+        folders.compressed_layer,
+        {"group": -1, "whole": True},
+        folders.compressed_config(group=-1),
+        "int4",
+    ),
+    "compressed tensor asym": (
+        folders.compressed_layer,
+        {"group": -1, "whole": True, "sym": False},
+        folders.compressed_config(group=-1, sym=False),
+        "uint4",
+    ),
     "compressed 3": (
         folders.compressed_layer,
         {"bits": 3, "sym": False},
