@@ -9,7 +9,16 @@ import importlib
 
 from ._version import __version__
 from .config import MatmulConfig
-from .errors import ArgumentError, ArtifactError, BitBLASError, BuildError, ConfigError, RemoteError, UnsupportedError
+from .errors import (
+    ArgumentError,
+    ArtifactError,
+    BitBLASError,
+    BuildError,
+    CheckpointError,
+    ConfigError,
+    RemoteError,
+    UnsupportedError,
+)
 from .logs import logger, set_log_level
 from .ops import Matmul
 from .utils import auto_detect_nvidia_target
@@ -19,7 +28,9 @@ __all__ = [
     "ArtifactError",
     "BitBLASError",
     "BuildError",
+    "CheckpointError",
     "ConfigError",
+    "Linear",
     "Matmul",
     "MatmulConfig",
     "MatmulConfigWithSplitK",
@@ -28,13 +39,22 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "auto_detect_nvidia_target",
+    "load_model",
     "logger",
+    "quantize_",
     "set_log_level",
 ]
 
 
 #: Importable as attributes, without being loaded by `import bitblas`.
-_SUBMODULES = ("cache", "quantization")
+_SUBMODULES = ("cache", "checkpoints", "codecs", "module", "nn", "quantization")
+_LAZY = {
+    "Linear": "nn",
+    "MatmulConfigWithSplitK": "ops",
+    "MatmulWithSplitK": "ops",
+    "load_model": "checkpoints.load",
+    "quantize_": "nn",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -42,8 +62,8 @@ def __getattr__(name: str) -> object:
         import tvm
 
         return tvm
-    if name in ("MatmulConfigWithSplitK", "MatmulWithSplitK"):
-        return getattr(importlib.import_module(".ops", __name__), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

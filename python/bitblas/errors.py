@@ -21,6 +21,10 @@ class ArtifactError(BitBLASError, RuntimeError):
     """The artifact store cannot be used: others may write it, or an artifact is not what it should be."""
 
 
+class CheckpointError(BitBLASError, RuntimeError):
+    """A folder of a model is damaged, of a kind that is not known, or cannot be written."""
+
+
 class RemoteError(BitBLASError, RuntimeError):
     """Another machine, on which something was to be measured, cannot be reached or no longer answers."""
 

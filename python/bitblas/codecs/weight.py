@@ -10,12 +10,9 @@ from math import ceil
 import torch
 
 from .. import packing
-from ..dequantization import dequantize, unpack_zeros
+from ..dequantization import BLOCK_ROWS, dequantize, unpack_zeros
 from ..errors import ArgumentError
 from ..formats import FORMATS, DataFormat, parse_format
-
-#: Rows that are decoded at a time.
-_BLOCK_ROWS = 512
 
 #: What scales, and zero points that are floats, may be.
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -130,8 +127,8 @@ class QuantizedWeight:
         if zeros is not None and self.zeros_mode == "quantized":
             zeros = unpack_zeros(zeros, self.out_features, self.format.bits)
         order = None if self.perm is None else torch.argsort(self.perm)
-        for first in range(0, self.out_features, _BLOCK_ROWS):
-            rows = slice(first, min(first + _BLOCK_ROWS, self.out_features))
+        for first in range(0, self.out_features, BLOCK_ROWS):
+            rows = slice(first, min(first + BLOCK_ROWS, self.out_features))
             codes = packing.unpack_rows(self.packed[rows].view(torch.uint8), self.in_features, self.format.bits)
             points = None if zeros is None else zeros[rows]
             values = dequantize(codes, self.format, self.scales[rows], points, self.zeros_mode)

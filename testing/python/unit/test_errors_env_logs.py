@@ -20,6 +20,7 @@ CHILDREN = {
     errors.UnsupportedError: NotImplementedError,
     errors.ArtifactError: RuntimeError,
     errors.BuildError: RuntimeError,
+    errors.CheckpointError: RuntimeError,
     errors.RemoteError: RuntimeError,
 }
 

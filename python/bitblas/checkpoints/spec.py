@@ -1,0 +1,141 @@
+"""What `config.json` says of the quantized layers of one of our folders, and how that is written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..codecs import QuantizedWeight
+from ..codecs.weight import ZEROS_MODES
+from ..errors import CheckpointError, ConfigError
+from ..formats import parse_format
+
+QUANT_METHOD = "bitblas"
+FORMAT_VERSION = 1
+
+#: The tensors of a layer, without its prefix; those after the first two are there where the layer has them, `format` always.
+PARTS = ("qweight", "scales", "zeros", "perm", "bias", "format")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer is quantized.
+
+    Attributes
+    ----------
+    W_dtype : str
+        Name of the format.
+    group_size : int
+        How many consecutive columns share a scale; -1: all.
+    zeros_mode : str or None
+        ``"original"``, ``"rescale"``, ``"quantized"``; None where there are no zero points.
+    act_order : bool
+        Whether there is a `perm`.
+    in_features : int or None
+        K, where the tensors do not tell it: one group, no `perm`, and pad bits at the end of a row.
+    """
+
+    W_dtype: str
+    group_size: int
+    zeros_mode: str | None = None
+    act_order: bool = False
+    in_features: int | None = None
+
+    @staticmethod
+    def of(weight: QuantizedWeight) -> LayerSpec:
+        """The spec of a weight."""
+        told = weight.group_size != -1 or weight.perm is not None or weight.in_features * weight.format.bits % 8 == 0
+        return LayerSpec(
+            W_dtype=weight.W_dtype,
+            group_size=weight.group_size,
+            zeros_mode=None if weight.zeros is None else weight.zeros_mode,
+            act_order=weight.perm is not None,
+            in_features=None if told else weight.in_features,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of `config.json`."""
+        entry: dict[str, Any] = {
+            "W_dtype": self.W_dtype,
+            "group_size": self.group_size,
+            "zeros_mode": self.zeros_mode,
+            "act_order": self.act_order,
+        }
+        return entry if self.in_features is None else {**entry, "in_features": self.in_features}
+
+    @staticmethod
+    def from_json(name: str, entry: object) -> LayerSpec:
+        """Read an entry, that of the layer `name`.
+
+        Raises
+        ------
+        CheckpointError
+            Something is missing, unknown or of another kind.
+        """
+        if not isinstance(entry, Mapping):
+            raise CheckpointError(f"layer {name} is {entry!r}; expected an object")
+        required = {"W_dtype", "group_size", "zeros_mode", "act_order"}
+        missing, unknown = required - set(entry), set(entry) - required - {"in_features"}
+        if missing or unknown:
+            wrong = f"has no {min(missing)!r}" if missing else f"has {min(unknown)!r}, which is not known"
+            raise CheckpointError(f"layer {name} {wrong}")
+        try:
+            fmt = parse_format(entry["W_dtype"])
+        except ConfigError as error:
+            raise CheckpointError(f"layer {name}: {error}") from error
+        group, features = entry["group_size"], entry.get("in_features")
+        if fmt.is_native:
+            raise CheckpointError(f"layer {name}: W_dtype is {fmt.name!r}, which is not quantized")
+        if type(group) is not int or (group < 1 and group != -1):
+            raise CheckpointError(f"layer {name}: group_size is {group!r}; expected -1 or a positive integer")
+        if entry["zeros_mode"] is not None and entry["zeros_mode"] not in ZEROS_MODES:
+            raise CheckpointError(f"layer {name}: zeros_mode is {entry['zeros_mode']!r}; expected null, {ZEROS_MODES}")
+        if type(entry["act_order"]) is not bool:
+            raise CheckpointError(f"layer {name}: act_order is {entry['act_order']!r}; expected true or false")
+        if features is not None and (type(features) is not int or features < 1):
+            raise CheckpointError(f"layer {name}: in_features is {features!r}; expected a positive integer")
+        return LayerSpec(fmt.name, group, entry["zeros_mode"], entry["act_order"], features)
+
+
+def make_config(layers: Mapping[str, LayerSpec], dense: Iterable[str] = ()) -> dict[str, Any]:
+    """The `quantization_config` of a folder.
+
+    Parameters
+    ----------
+    layers : Mapping
+        The quantized layers by name.
+    dense : iterable of str
+        The linear layers that are not quantized.
+    """
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "modules_to_not_convert": sorted(dense),
+        "layers": {name: spec.to_json() for name, spec in layers.items()},
+    }
+
+
+def parse_config(config: object) -> dict[str, LayerSpec]:
+    """The layers of a `quantization_config`, the inverse of `make_config`.
+
+    Raises
+    ------
+    CheckpointError
+        It is not ours, of a newer version, or malformed.
+    """
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"quantization_config is {config!r}; expected an object")
+    if config.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"quant_method is {config.get('quant_method')!r}; expected {QUANT_METHOD!r}")
+    version = config.get("format_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"format_version is {version!r}; expected {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"format_version is {version}; this bitblas knows versions up to {FORMAT_VERSION}: install a newer one"
+        )
+    layers = config.get("layers")
+    if not isinstance(layers, Mapping):
+        raise CheckpointError(f"layers is {layers!r}; expected an object with an entry for each quantized layer")
+    return {name: LayerSpec.from_json(name, entry) for name, entry in layers.items()}
