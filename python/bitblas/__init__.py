@@ -30,6 +30,7 @@ __all__ = [
     "BuildError",
     "CheckpointError",
     "ConfigError",
+    "Linear",
     "Matmul",
     "MatmulConfig",
     "MatmulConfigWithSplitK",
@@ -38,13 +39,22 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "auto_detect_nvidia_target",
+    "load_model",
     "logger",
+    "quantize_",
     "set_log_level",
 ]
 
 
 #: Importable as attributes, without being loaded by `import bitblas`.
-_SUBMODULES = ("cache", "checkpoints", "quantization")
+_SUBMODULES = ("cache", "checkpoints", "codecs", "module", "nn", "quantization")
+_LAZY = {
+    "Linear": "nn",
+    "MatmulConfigWithSplitK": "ops",
+    "MatmulWithSplitK": "ops",
+    "load_model": "checkpoints.load",
+    "quantize_": "nn",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -52,8 +62,8 @@ def __getattr__(name: str) -> object:
         import tvm
 
         return tvm
-    if name in ("MatmulConfigWithSplitK", "MatmulWithSplitK"):
-        return getattr(importlib.import_module(".ops", __name__), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import hashlib
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -69,6 +69,24 @@ def toolchain() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = ""
     return versions
+
+
+def is_usable(made: Mapping[str, str]) -> bool:
+    """Whether what one toolchain made serves where this one is: the same, but any TVM's where none is installed."""
+    here = toolchain()
+    return dict(made) == here if here[COMPILER] else {**made, COMPILER: ""} == here
+
+
+def differences(made: Mapping[str, str]) -> str:
+    """What makes a toolchain another than ours, in words."""
+    here = toolchain()
+    ignored = {"sources", "generator"} | (set() if here[COMPILER] else {COMPILER})
+    versions = [
+        f"{name} {made.get(name) or 'missing'}, here {value or 'missing'}"
+        for name, value in here.items()
+        if made.get(name) != value and name not in ignored
+    ]
+    return ", ".join(versions) or "other kernel sources"
 
 
 def _generator_digest() -> str:

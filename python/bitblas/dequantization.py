@@ -7,6 +7,9 @@ import torch
 from . import packing
 from .formats import DataFormat
 
+#: Rows of a weight that are decoded at a time, so that what is float32 stays small beside the weight.
+BLOCK_ROWS = 512
+
 
 def unpack_zeros(zeros: torch.Tensor, n: int, bits: int) -> torch.Tensor:
     """Packed zero points, (groups, ceil(n·bits/8)) bytes, as (n, groups) uint8."""

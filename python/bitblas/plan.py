@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .config import MatmulConfig
 from .errors import UnsupportedError
 from .layout import PackedLayout
-from .schedule import RULES, Problem, Tiling, native_layout, select_rule
+from .schedule import RULES, Problem, Tiling, native_layout, read_tiling, select_rule
 from .target import Target
 
 #: Kernels index weights with 32 bits.
@@ -43,6 +44,11 @@ class KernelPlan:
     def fields(self) -> dict[str, object]:
         """As JSON values."""
         return {"name": self.name, "rule": self.rule, "tiling": self.tiling.fields(), "buckets": list(self.buckets)}
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> KernelPlan:
+        """The kernel with these `fields`; KeyError or TypeError where there is none."""
+        return cls(fields["name"], fields["rule"], read_tiling(fields["tiling"]), tuple(fields["buckets"]))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..errors import ArgumentError, ArtifactError
 MANIFEST = "manifest.json"
 
 _SCHEMA = 1
-_RESERVED = ("schema", "key", "files", "checksum")  # the manifest's own fields, beside those of the build
+RESERVED = ("schema", "key", "files", "checksum")  # the manifest's own fields, beside those of the build
 
 #: An OSError with one of these says that an artifact is damaged; any other, such as EMFILE, says nothing about it.
 _DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EACCES, errno.EPERM})
@@ -117,7 +117,7 @@ class Artifact:
 def describe(directory: Path, key: str, metadata: Mapping[str, object]) -> dict[str, Any]:
     """Return the manifest of what a build has left in `directory`."""
     plain = _plain_mapping(metadata, "metadata")
-    reserved = sorted(set(_RESERVED) & set(plain))
+    reserved = sorted(set(RESERVED) & set(plain))
     if reserved:
         raise ArtifactError(f"the metadata of artifact {key} has the reserved name {reserved[0]!r}")
     files = {}
@@ -146,7 +146,7 @@ def _fingerprint(path: Path) -> dict[str, object]:
 def read_entry(entry: Path, key: str, *, verify: bool = True) -> Artifact | None:
     """Return the artifact in the directory `entry` or None; raise DamagedError where it is not what was written."""
     try:
-        manifest = _parse_manifest((entry / MANIFEST).read_bytes(), key)
+        manifest = parse_manifest((entry / MANIFEST).read_bytes(), key)
         for name, recorded in manifest["files"].items() if verify else ():
             path = entry / name
             if not stat.S_ISREG(path.lstat().st_mode):
@@ -162,7 +162,8 @@ def read_entry(entry: Path, key: str, *, verify: bool = True) -> Artifact | None
     return Artifact(key, entry, MappingProxyType(manifest))
 
 
-def _parse_manifest(content: bytes, key: str) -> dict[str, Any]:
+def parse_manifest(content: bytes, key: str) -> dict[str, Any]:
+    """Return the manifest of `key` that `content` is; raise DamagedError where it is not what `write_manifest` wrote."""
     try:
         manifest = json.loads(content)
     except ValueError as error:

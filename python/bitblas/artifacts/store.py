@@ -19,7 +19,7 @@ from .. import env
 from ..errors import ArgumentError, ArtifactError
 from ..logs import get_logger, warn_once
 from .process import UNWRITABLE, takes_files, this_process
-from .record import Artifact, DamagedError, describe, read_entry, write_manifest
+from .record import RESERVED, Artifact, DamagedError, describe, read_entry, write_manifest
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -67,7 +67,7 @@ class ArtifactStore:
             Others may write the store.
         """
         _check_key(key)
-        self._check_private()
+        self.check_private()
         try:
             found = read_entry(self._artifacts / key, key)
         except DamagedError as damage:
@@ -111,11 +111,43 @@ class ArtifactStore:
                 directory = this_process.scratch()
                 return self._keep(key, directory, describe(directory, key, build(directory))), True
 
+    def adopt(self, key: str, manifest: Mapping[str, Any], write: Callable[[Path], None]) -> tuple[Artifact, bool]:
+        """Return the artifact of `key`, taking a copy of one that was built elsewhere where it is missing.
+
+        Parameters
+        ----------
+        key : str
+            Its key.
+        manifest : Mapping[str, Any]
+            Its manifest.
+        write : Callable[[Path], None]
+            Writes its files into the empty directory it is given.
+
+        Returns
+        -------
+        tuple[Artifact, bool]
+            As of `get_or_build`.
+
+        Raises
+        ------
+        DamagedError
+            `write` has left other files than the manifest says. Nothing was published.
+        """
+        metadata = {name: value for name, value in manifest.items() if name not in RESERVED}
+
+        def fill(staging: Path) -> Mapping[str, object]:
+            write(staging)
+            if describe(staging, key, metadata)["files"] != manifest["files"]:
+                raise DamagedError("its files are not what was written")
+            return metadata
+
+        return self.get_or_build(key, fill)
+
     def entries(self) -> list[Artifact]:
         """Return the artifacts on disk, sorted by key; their files are not verified, damaged manifests left out."""
-        self._check_private()
+        self.check_private()
         found = []
-        for key in self._keys():
+        for key in self.keys():
             try:
                 found.append(read_entry(self._artifacts / key, key, verify=False))
             except DamagedError as damage:
@@ -138,10 +170,21 @@ class ArtifactStore:
             shutil.rmtree(trash)
         return True
 
+    def discard(self, leftover: Path) -> bool:
+        """Remove a directory of ``staging``, unless its build is at work, of ``quarantine`` or ``failed``; return whether."""
+        if leftover.parent not in (self._staging, self._quarantine, self._failed):
+            raise ArgumentError(
+                f"leftover is {leftover}: it is not in the staging, quarantine or failed of {self.root}"
+            )
+        if leftover.parent == self._staging:
+            return self._discard_staging(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
+        return not os.path.lexists(leftover)
+
     def clear(self) -> int:
         """Remove all artifacts, and what was set aside; return how many artifacts there were."""
-        self._check_private()
-        removed = sum(self.remove(key) for key in {*self._keys(), *this_process.keys(self.root)})
+        self.check_private()
+        removed = sum(self.remove(key) for key in {*self.keys(), *this_process.keys(self.root)})
         for directory in (self._quarantine, self._failed):
             shutil.rmtree(directory, ignore_errors=True)
         return removed
@@ -156,7 +199,8 @@ class ArtifactStore:
                         total += Path(folder, name).lstat().st_size
         return total
 
-    def _keys(self) -> list[str]:
+    def keys(self) -> list[str]:
+        """Return the keys of all entries on disk, sorted; what they hold is not looked at."""
         try:
             return sorted(path.name for path in self._artifacts.iterdir() if _KEY.fullmatch(path.name))
         except (FileNotFoundError, NotADirectoryError):
@@ -251,15 +295,20 @@ class ArtifactStore:
 
     def _sweep(self, key: str) -> None:
         """Remove what builds of dead processes have left: whoever holds a key's lock owns all staging of that key."""
+        for leftover in self._staging.iterdir():
+            if leftover.name.partition(".")[0] == key:
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                self._discard_staging(leftover)
+
+    def _discard_staging(self, leftover: Path) -> bool:
         from filelock import FileLock, Timeout
 
-        for leftover in self._staging.iterdir():
-            owner = leftover.name.partition(".")[0]
-            if owner == key:
+        owner = leftover.name.partition(".")[0]
+        if _KEY.fullmatch(owner):
+            with suppress(Timeout), FileLock(self._locks / f"{owner}.lock", timeout=0):
                 shutil.rmtree(leftover, ignore_errors=True)
-            elif _KEY.fullmatch(owner):
-                with suppress(Timeout), FileLock(self._locks / f"{owner}.lock", timeout=0):
-                    shutil.rmtree(leftover, ignore_errors=True)
+        return not os.path.lexists(leftover)
 
     @contextmanager
     def _lock(self, key: str) -> Iterator[None]:
@@ -280,9 +329,10 @@ class ArtifactStore:
     def _prepare(self) -> None:
         for directory in self._directories:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._check_private()
+        self.check_private()
 
-    def _check_private(self) -> None:
+    def check_private(self) -> None:
+        """Raise ArtifactError where others may write the store."""
         for directory in self._directories:
             _check_private(directory)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import Artifact, artifact_key
-from ..artifacts.record import describe
-from ..build import COMPILER, toolchain
+from ..artifacts.record import DamagedError
+from ..build import COMPILER, differences, is_usable, toolchain
 from ..config import MatmulConfig
 from ..errors import ArtifactError, BitBLASError, UnsupportedError
 from ..logs import get_logger, warn_once
@@ -31,12 +31,6 @@ _BY_NAME = {kind.__name__: kind for kind in KINDS}
 
 _SCHEMA = 1
 _LOCK_SECONDS = 10
-#: What a manifest says beyond the metadata of its build.
-_OWN = ("schema", "key", "files")
-
-
-class _DamagedError(Exception):
-    """An entry of the index is not what was written."""
 
 
 class Database:
@@ -72,7 +66,7 @@ class Database:
                 warn_once("database.in memory", "operators that were compiled in memory have no library to save")
             elif artifact.path.is_relative_to(store(self.path).root):  # else the store took it not, and said so
                 self._record(op, artifact)
-        except (OSError, _DamagedError) as error:
+        except (OSError, DamagedError) as error:
             get_logger().warning("%s could not be saved in %s: %s", op, self.path, error)
 
     def _take(self, op: Matmul) -> Artifact | None:
@@ -84,7 +78,7 @@ class Database:
         if op.artifact is not None:
             try:
                 return _copy(op.artifact, self.path)
-            except (FileNotFoundError, _DamagedError) as error:
+            except (FileNotFoundError, DamagedError) as error:
                 get_logger().info("the artifact of %s is no longer there: %s", op, error)
         built = provide(op.plan).artifact
         return None if built is None else _copy(built, self.path)
@@ -102,7 +96,7 @@ class Database:
             "key": artifact.key,
         }
         path = self._directory(op.target) / _file_name(record)
-        with self._lock():
+        with self.locked():
             untuned = op.plan == plan_matmul(op.config, op.target)
             if not (untuned and self._holds_another(path, record)):
                 draft = path.with_suffix(f".{uuid.uuid4().hex}")
@@ -114,14 +108,17 @@ class Database:
     def _holds_another(self, path: Path, record: Mapping[str, Any]) -> bool:
         """Whether an operator with other tilings is saved, and can be loaded."""
         try:
-            found = _read(path)
-        except (FileNotFoundError, _DamagedError):
+            found = read_saved(path)
+        except (FileNotFoundError, DamagedError):
             return False
         return found["tilings"] != record["tilings"] and store(self.path).load(found["key"]) is not None
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep others from writing between a look and a write. What is renamed is whole without it, too."""
+        if not self.exists():
+            yield
+            return
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._index / ".lock")
@@ -150,14 +147,14 @@ class Database:
         found, strange = [], []
         for path in paths:
             try:
-                record = _read(path)
-                if _is_ours(record):
+                record = read_saved(path)
+                if is_usable(record["toolchain"]):
                     found.append(self._restore(record, target))
                 else:
                     strange.append(record)
             except FileNotFoundError:  # another process has removed it
                 continue
-            except _DamagedError as damage:
+            except DamagedError as damage:
                 warn_once(f"database.damaged {path}", "the saved operator %s is left out: %s", path, damage)
         have = {artifact_key(_fields(op.config)) for op in found}
         left_out = [record for record in strange if artifact_key(record["config"]) not in have]
@@ -167,7 +164,7 @@ class Database:
                 "%d saved operators in %s are left out, made by another version (%s): they are to be built and saved again",
                 len(left_out),
                 self.path,
-                "; ".join(sorted({_differences(record["toolchain"]) for record in left_out})),
+                "; ".join(sorted({differences(record["toolchain"]) for record in left_out})),
             )
         return found
 
@@ -182,10 +179,10 @@ class Database:
         path = self._directory(target) / _file_name(wanted)
         try:
             target.check_runnable()
-            return self._restore(_read(path), target)
+            return self._restore(read_saved(path), target)
         except (FileNotFoundError, UnsupportedError):
             return None
-        except _DamagedError as damage:
+        except DamagedError as damage:
             warn_once(f"database.damaged {path}", "the saved operator %s is left out: %s", path, damage)
             return None
 
@@ -198,18 +195,23 @@ class Database:
                 target = replace(target, card=Card(**record["card"]))
             plan = plan_matmul(config, target, tilings)
             if record["target"] != target.fields() or plan.tilings != tilings:
-                raise _DamagedError("its target or tilings are not those that were saved")
+                raise DamagedError("its target or tilings are not those that were saved")
             provided = load(plan, self.path)
         except ArtifactError:  # others may write the directory
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
-            raise _DamagedError(f"{type(error).__name__}: {error}") from error
+            raise DamagedError(f"{type(error).__name__}: {error}") from error
         if provided is None:
-            raise _DamagedError(f"its library, artifact {record['key']}, is missing or damaged")
+            raise DamagedError(f"its library, artifact {record['key']}, is missing or damaged")
         return kind.restore(config, plan, provided, record=record.get("tuning"))
 
     def _directory(self, target: Target) -> Path:
         return self._index / artifact_key(target.fields())[:16]
+
+
+def saved_name(record: Mapping[str, Any]) -> str:
+    """The name of a record's file, relative to the index."""
+    return f"{artifact_key(record['target'])[:16]}/{_file_name(record)}"
 
 
 def _fields(config: MatmulConfig) -> dict[str, Any]:
@@ -223,50 +225,38 @@ def _file_name(record: Mapping[str, Any]) -> str:
     return artifact_key({name: record[name] for name in ("operator", "config", "target", "toolchain")}) + ".json"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_saved(path: Path) -> dict[str, Any]:
     """The record in a file of the index, as it was written."""
     try:
-        record = json.loads(path.read_bytes())
+        return parse_saved(path.read_bytes())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
-        raise _DamagedError(f"it cannot be read: {error}") from error
+    except OSError as error:
+        raise DamagedError(f"it cannot be read: {error}") from error
+
+
+def parse_saved(content: bytes) -> dict[str, Any]:
+    """The record that the content of a file of the index is; DamagedError where it is not what was written."""
+    try:
+        record: dict[str, Any] = json.loads(content)
+    except ValueError as error:
+        raise DamagedError(f"it cannot be read: {error}") from error
     try:
         checksum = record.pop("checksum")
         intact = checksum == artifact_key(record) and record["schema"] == _SCHEMA
     except (KeyError, TypeError, AttributeError, BitBLASError):
         intact = False
     if not intact:
-        raise _DamagedError("it is not what was written")
+        raise DamagedError("it is not what was written")
     return record
-
-
-def _is_ours(record: Mapping[str, Any]) -> bool:
-    """Whether a record was made by this version; any TVM does where there is none, as for artifacts."""
-    here = toolchain()
-    return bool(here == (record["toolchain"] if here[COMPILER] else {**record["toolchain"], COMPILER: ""}))
-
-
-def _differences(made: Mapping[str, str]) -> str:
-    """What makes a toolchain another than ours, in words."""
-    here = toolchain()
-    different = [name for name in here if made.get(name) != here[name]]
-    versions = [
-        f"{name} {made.get(name)}, here {here[name]}" for name in different if name not in ("sources", "generator")
-    ]
-    return ", ".join(versions) or "other kernel sources"
 
 
 def _copy(artifact: Artifact, root: Path) -> Artifact:
     """A copy of an artifact in the store at `root`."""
-    metadata = {name: value for name, value in artifact.manifest.items() if name not in _OWN}
 
-    def fill(staging: Path) -> Mapping[str, object]:
+    def write(staging: Path) -> None:
         for name in artifact.files:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact.path / name, staging / name)
-        if describe(staging, artifact.key, metadata)["files"] != artifact.manifest["files"]:
-            raise _DamagedError("its files are not what was written")
-        return metadata
 
-    return store(root).get_or_build(artifact.key, fill)[0]
+    return store(root).adopt(artifact.key, artifact.manifest, write)[0]

@@ -13,7 +13,6 @@ from ..locks import ForkLock
 from ..logs import get_logger, warn_once
 from ..ops import Matmul, provider
 from ..ops.provider import Provided
-from ..plan import MatmulPlan
 from ..target import Target, resolve_target
 from .database import KINDS, Database
 
@@ -153,9 +152,9 @@ def _resolve(target: object) -> Target | None:
 global_operator_cache = OperatorCache()
 
 
-def _find_saved(config: MatmulConfig, target: Target) -> tuple[MatmulPlan, Provided] | None:
+def _find_saved(config: MatmulConfig, target: Target) -> Provided | None:
     found = Database(_path(None)).find(config, target)
-    return None if found is None or found.provided is None else (found.plan, found.provided)
+    return None if found is None else found.provided
 
 
 provider.find_saved = _find_saved

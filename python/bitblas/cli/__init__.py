@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import BitBLASError
-from . import bench, info, repack, tune, unpack
+from . import bench, cache, info, repack, tune, unpack
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_command(commands)
     bench.add_command(commands)
     tune.add_command(commands)
+    cache.add_command(commands)
     repack.add_command(commands)
     unpack.add_command(commands)
     return parser

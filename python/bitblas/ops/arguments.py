@@ -17,7 +17,7 @@ from ..packing import unpack_nibbles
 # looked up once: these stand in the path of every call
 _STRIDED = torch.strided
 #: Tensors of other classes are looked at closely: some have no memory.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 #: scale, zeros, bias and output.
 _MOST_EXTRAS = 4
@@ -65,7 +65,7 @@ class Operand:
         """Whether the kernel can take `tensor` as it is: the usual case, decided in one expression."""
         return (
             tensor is not None
-            and type(tensor) in _PLAIN
+            and type(tensor) in PLAIN
             and tensor.dtype is self.usual
             and tensor.shape == self.shape
             and tensor.is_cpu is self.on_cpu
@@ -114,14 +114,17 @@ class Door:
         self._static_m = config.M if isinstance(config.M, int) else None
         self._int4 = config.A_dtype == "int4"
         self._columns = config.layout.startswith("t")
-        self._a_dtype: torch.dtype = getattr(torch, config.held_dtype)
+        #: what A must have
+        self.dtype: torch.dtype = getattr(torch, config.held_dtype)
         #: the dtype in which the kernel takes A, where it may take an A as it is
         self._kernel_dtype: torch.dtype = getattr(torch, config.activation_dtype)
-        self._usual = None if self._columns or self._kernel_dtype is not self._a_dtype else self._a_dtype
+        self._usual = None if self._columns or self._kernel_dtype is not self.dtype else self.dtype
         self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
+        #: how an A makes an output of its own dtype, where that is the one, takes a fifth less
+        self._same_dtype = self._out_dtype is self._kernel_dtype
         wanted = (
             _weight_operand(config, weight_shape),
-            *_wanted_operands(config, self._a_dtype, self._out_dtype),
+            *_wanted_operands(config, self.dtype, self._out_dtype),
         )
         self._operands = tuple(replace(operand, device=self.device) for operand in wanted)
 
@@ -147,7 +150,8 @@ class Door:
         """
         a, m, shape = self._activation(A)
         if named or len(extras) != len(self._operands) - 1:
-            extras, output = self._bind(extras, named or {}, output)
+            bound, output = self.bind(extras, named or {}, output)
+            extras = list(bound.values())
         operands = [a]
         for operand, tensor in zip(self._operands, (W, *extras), strict=True):
             if not operand.is_ready(tensor):
@@ -155,12 +159,29 @@ class Door:
             operands.append(tensor)
         if output is not None:
             return m, operands, self._output(output, shape, operands)
-        return m, operands, operands[0].new_empty(shape, dtype=self._out_dtype)
+        return m, operands, a.new_empty(*shape, dtype=self._out_dtype)  # a tuple would take half as long again
+
+    def is_ready(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the kernel can take these operands, all that it wants but A, as they are."""
+        return len(tensors) == len(self._operands) and all(
+            operand.is_ready(tensor) for operand, tensor in zip(self._operands, tensors, strict=True)
+        )
+
+    def enter_bound(
+        self, A: torch.Tensor, operands: Sequence[torch.Tensor]
+    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor]:
+        """`enter` with operands that `is_ready` has found so."""
+        a, m, shape = self._activation(A)
+        return (
+            m,
+            (a, *operands),
+            a.new_empty(*shape) if self._same_dtype else a.new_empty(*shape, dtype=self._out_dtype),
+        )
 
     def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
         """A as a contiguous (m, K), m, and the output's shape."""
         if (
-            type(A) in _PLAIN
+            type(A) in PLAIN
             and A.dtype is self._usual
             and A.is_cpu is self._on_cpu
             and A.layout is _STRIDED
@@ -180,8 +201,8 @@ class Door:
 
     def _activation_slowly(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
         check_tensor("A", A, self.device)
-        if A.dtype is not self._a_dtype:
-            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
+        if A.dtype is not self.dtype:
+            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self.dtype}")
         given, A = tuple(A.shape), A.detach().resolve_neg()
         if self._columns and A.dim() > 1:
             A = A.mT
@@ -202,13 +223,19 @@ class Door:
     def _packed_k(self) -> str:
         return f", or {(self._k + 1) // 2} where two values share a byte" if self._int4 else ""
 
-    def _bind(
+    def bind(
         self,
         extras: Sequence[torch.Tensor | None],
         named: dict[str, torch.Tensor | None],
         output: torch.Tensor | None,
-    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
-        """Assign tensors given by position to the wanted names, in order, and one more to the output."""
+    ) -> tuple[dict[str, torch.Tensor | None], torch.Tensor | None]:
+        """Assign tensors given by position to the wanted names, in order, and one more to the output.
+
+        Raises
+        ------
+        ArgumentError
+            A tensor is superfluous, or given twice.
+        """
         names = [operand.name for operand in self._operands[1:]]
         for name, tensor in named.items():
             if tensor is not None and name not in names:
@@ -229,7 +256,7 @@ class Door:
             extra, wanted = present[len(places)], ", ".join(names) or "no scale, zeros or bias"
             what = f"tensor of shape {tuple(extra.shape)}" if isinstance(extra, torch.Tensor) else type(extra).__name__
             raise ArgumentError(f"a {what} is superfluous: this operator takes {wanted}; give an output by name")
-        return [found.get(name) for name in names], output
+        return {name: found.get(name) for name in names}, output
 
     def _output(self, output: torch.Tensor, shape: tuple[int, ...], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         check_tensor("output", output, self.device)

@@ -53,6 +53,22 @@ class CudaDoor(Door):
             The device cannot run the target's code.
         """
         m, operands, out = super().enter(A, W, extras, named, output)
+        index = self._check_operands(operands)
+        if output is not None and (out.get_device() != index or out.data_ptr() % ALIGNMENT):
+            self._refuse("output", out, operands[0])
+        return m, operands, out
+
+    def enter_bound(
+        self, A: torch.Tensor, operands: Sequence[torch.Tensor]
+    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor]:
+        """See `Door`; all tensors must be on one device."""
+        m, found, out = super().enter_bound(A, operands)
+        checked = list(found)
+        self._check_operands(checked)
+        return m, checked, out
+
+    def _check_operands(self, operands: list[torch.Tensor]) -> int:
+        """The index of the device that all are on; those that are not aligned are replaced by copies."""
         index = operands[0].get_device()
         if index not in self._able:
             self._check_device(operands[0])
@@ -63,9 +79,7 @@ class CudaDoor(Door):
                 operands[place] = tensor.clone()
                 if place:  # not A, which is new at each call
                     self._warn_of_copies(self._operands[place - 1].name)
-        if output is not None and (out.get_device() != index or out.data_ptr() % ALIGNMENT):
-            self._refuse("output", out, operands[0])
-        return m, operands, out
+        return index
 
     def _warn_of_copies(self, name: str) -> None:
         warn_once(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.autograd import forward_ad
 
 from ..artifacts import Artifact
 from ..build import expression_module, scheduled_module
@@ -21,10 +22,12 @@ from ..target import Target, resolve_target
 from ..tuner import SECONDS
 from ..tuner.record import choices, read_record
 from . import provider
-from .arguments import Door
+from .arguments import PLAIN, Door
+from .bound import BoundMatmul
 from .cuda_arguments import CudaDoor
 from .facts import WithFacts
 from .provider import Provided, load, provide, store
+from .torch_operator import announce, makers, operator_spec
 from .weights import WithWeights
 
 if TYPE_CHECKING:
@@ -114,6 +117,7 @@ class Matmul(WithWeights, WithFacts):
         dense_cache: bool = False,
     ) -> None:
         self.config, self.name, self.backend, self._dense_cache = config, name, backend, bool(dense_cache)
+        self._with_bias = config.with_bias
         self.target: Target = plan.target
         self.plan = plan
         self._tuning_record = record
@@ -123,6 +127,9 @@ class Matmul(WithWeights, WithFacts):
         self._kernels: Kernels | None = self._own(provided.kernels) if provided else None
         shape = tuple(self.retrieve_weight_shape())
         self._door = CudaDoor(config, shape, plan.target) if plan.target.kind == "cuda" else Door(config, shape)
+        #: names this operator in a graph of torch
+        self._spec = operator_spec(config, plan.target, self.layout.name, self._dense_cache)
+        announce(self._spec, self)
 
     @classmethod
     def restore(
@@ -189,13 +196,76 @@ class Matmul(WithWeights, WithFacts):
         named = None
         if scale is not None or zeros is not None or bias is not None:
             named = {"scale": scale, "zeros": zeros, "bias": bias}
-        m, operands, out = self._door.enter(A, W, extras, named, output)
-        if m:
-            kernels = self._kernels or self._provide()
-            kernels.launch(m, operands, out if out.dim() == 2 else out.view(m, self.config.N))
-        return out
+        if torch.compiler.is_compiling() or type(A) not in PLAIN:
+            traced = isinstance(A, torch.Tensor)
+        else:
+            traced = torch.is_grad_enabled() and (
+                A.requires_grad or (self._with_bias and _any_requires_grad(*extras, bias))
+            )
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(A, W, *extras, scale, zeros, bias)
+        return (self._dispatch if traced else self.launch)(A, W, extras, named, output)
 
     __call__ = forward
+
+    def launch(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None] | None,
+        output: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`forward`, with the operands by name in a dict, for tensors that have data: without a gradient, and not traced."""
+        m, operands, out = self._door.enter(A, W, extras, named, output)
+        if m:
+            self._ready().launch(m, operands, out if out.dim() == 2 else out.view(m, self.config.N))
+        return out
+
+    def bind(self, W: torch.Tensor, *extras: torch.Tensor | None) -> BoundMatmul | None:
+        """The operator with all operands but A checked once; None where one of them has to be converted at each call.
+
+        Parameters
+        ----------
+        W, *extras : torch.Tensor
+            As of `forward`, where None stands for what the operator does not want.
+        """
+        wanted = [extra for extra in extras if extra is not None]
+        return BoundMatmul(self._door, self._ready, (W, *wanted)) if self._door.is_ready((W, *wanted)) else None
+
+    def _ready(self) -> Kernels:
+        return self._kernels or self._provide()
+
+    def _dispatch(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None] | None,
+        output: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """By torch's dispatcher, for graphs, gradients and tensors of other classes."""
+        bound, output = self._door.bind(extras, named or {}, output)
+        operands = A, W, bound.get("scale"), bound.get("zeros"), bound.get("bias")
+        if output is None:
+            return torch.ops.bitblas.matmul(*operands, self._spec)
+        if torch.is_grad_enabled() and _any_requires_grad(A, bound.get("bias")):
+            raise ArgumentError(
+                "output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()"
+            )
+        torch.ops.bitblas.matmul_into(*operands, output, self._spec)
+        return output
+
+    def _refuse_tangents(self, *tensors: torch.Tensor | None) -> None:
+        """Torch would drop them without a word."""
+        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise ArgumentError(
+                "an operand has a tangent (forward-mode derivatives, torch.func.jvp), which a matmul has not: use backward-mode"
+            )
+
+    def build(self) -> None:
+        """Load or build the kernels now, unless they are there; the first call does so, too."""
+        self._provide()
 
     # -- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -205,7 +275,8 @@ class Matmul(WithWeights, WithFacts):
                 saved = None
                 if self._from_database and provider.find_saved is not None:
                     saved = provider.find_saved(self.config, self.target)
-                self.plan, self._provided = saved or (self.plan, provide(self.plan))
+                self._provided = saved or provide(self.plan)
+                self.plan = self._provided.plan
                 self._kernels = self._own(self._provided.kernels)
             return self._kernels or self._own(self._provided.kernels)
 
@@ -377,7 +448,7 @@ class Matmul(WithWeights, WithFacts):
             with suppress(ArtifactError, OSError):  # it comes from another machine, where that directory was another
                 provided = load(plan, root)
             provided = provided or provide(plan)
-        return cls.restore(config, plan, provided, name, backend, record, dense_cache)
+        return cls.restore(config, provided.plan if provided else plan, provided, name, backend, record, dense_cache)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Matmul:
         return self  # it holds no state that a copy could change
@@ -386,5 +457,16 @@ class Matmul(WithWeights, WithFacts):
         return f"{type(self).__name__}({self.config!r}, target={str(self.target)!r})"
 
 
+def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in tensors)
+
+
 def _text(source: Path | str) -> str:
     return source.read_text() if isinstance(source, Path) else source
+
+
+def _make_operator(config: MatmulConfig, target: Target, dense_cache: bool) -> Matmul:
+    return Matmul(config, target=target, dense_cache=dense_cache)
+
+
+makers["matmul"] = _make_operator

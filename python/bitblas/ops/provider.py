@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import env
 from ..artifacts import Artifact, ArtifactStore, artifact_key
-from ..build import COMPILER, SOURCES, build_library, compile_plan, find_compiler, toolchain
+from ..artifacts.survey import toolchains
+from ..build import COMPILER, SOURCES, build_library, compile_plan, find_compiler, is_usable, toolchain
 from ..config import MatmulConfig
+from ..errors import BuildError
 from ..locks import ForkLock
 from ..logs import get_logger, warn_once
-from ..plan import MatmulPlan
+from ..plan import KernelPlan, MatmulPlan
 from ..runtime import Kernels, load_kernels, wrap_executable
 from ..target import Target
 
@@ -37,6 +39,8 @@ class Provided:
         How long it took.
     source : Path or str
         The generated code: a file of the artifact, or its text.
+    plan : MatmulPlan
+        What they were built from.
     artifact : Artifact or None
         Where the library is; None for what was compiled in memory.
     """
@@ -45,6 +49,7 @@ class Provided:
     origin: str
     seconds: float
     source: Path | str
+    plan: MatmulPlan
     artifact: Artifact | None = None
 
 
@@ -55,8 +60,8 @@ def store(root: Path | None = None) -> ArtifactStore:
     return _stores.get(root) or _stores.setdefault(root, ArtifactStore(root))
 
 
-#: Finds a saved operator by config and target: its plan, and its kernels. `bitblas.cache` puts itself here when it is loaded.
-find_saved: Callable[[MatmulConfig, Target], tuple[MatmulPlan, Provided] | None] | None = None
+#: Finds a saved operator by config and target: its kernels. `bitblas.cache` puts itself here when it is loaded.
+find_saved: Callable[[MatmulConfig, Target], Provided | None] | None = None
 
 
 def plan_key(plan: MatmulPlan) -> str:
@@ -66,6 +71,9 @@ def plan_key(plan: MatmulPlan) -> str:
 
 def provide(plan: MatmulPlan) -> Provided:
     """Load the plan's kernels, building them first where the store has none.
+
+    Where TVM is not installed, kernels with other tilings serve that were built from the same config for the same target and
+    layout: they compute the same. `Provided.plan` is theirs then.
 
     Raises
     ------
@@ -77,20 +85,45 @@ def provide(plan: MatmulPlan) -> Provided:
         This machine cannot run code for the plan's target.
     """
     began = time.perf_counter()
-    found = load(plan)
+    found = load(plan) or _load_other_tilings(plan, began)
     if found is not None:
         return found
-    key, target_store, compiler = plan_key(plan), store(), find_compiler(plan.target)
+    compiler = find_compiler(plan.target)
     if compiler is None:
-        return _compile_in_memory(plan, key, began)
+        return _compile_in_memory(plan, plan_key(plan), began)
+    artifact, built = _get_or_build(plan, compiler)
+    return _provided(plan, artifact, "compiled" if built else "loaded", began)
 
-    def build(staging: Path) -> Mapping[str, object]:
+
+def build(plan: MatmulPlan) -> Artifact:
+    """The plan's artifact in the store, built where it is missing; for any target, since nothing is loaded.
+
+    Raises
+    ------
+    BuildError
+        TVM or a compiler is missing where something has to be built, or a compiler failed.
+    ArtifactError
+        Others may write the store.
+    """
+    place = store()
+    found = place.load(plan_key(plan)) or _load_of_any_compiler(plan, place)
+    if found is not None:
+        return found
+    compiler = find_compiler(plan.target)
+    if compiler is None:
+        raise BuildError(f"there is no C compiler (cc, gcc or clang) to build {plan.describe()} with")
+    return _get_or_build(plan, compiler)[0]
+
+
+def _get_or_build(plan: MatmulPlan, compiler: str) -> tuple[Artifact, bool]:
+    target_store = store()
+
+    def fill(staging: Path) -> Mapping[str, object]:
         get_logger().info("building %s into %s", plan.describe(), target_store.root)
         made = build_library(plan, staging, compiler)
         return {**made, "plan": plan.fields(), "toolchain": toolchain()}
 
-    artifact, built = target_store.get_or_build(key, build)
-    return _provided(plan, artifact, "compiled" if built else "loaded", began)
+    return target_store.get_or_build(plan_key(plan), fill)
 
 
 def load(plan: MatmulPlan, root: Path | None = None) -> Provided | None:
@@ -107,25 +140,49 @@ def load(plan: MatmulPlan, root: Path | None = None) -> Provided | None:
     plan.target.check_runnable()
     place = store(root)
     artifact = place.load(plan_key(plan)) or _load_of_any_compiler(plan, place)
-    return None if artifact is None else _provided(plan, artifact, "loaded", began)
+    return None if artifact is None else _provided_unless_removed(plan, artifact, began)
+
+
+def _provided_unless_removed(plan: MatmulPlan, artifact: Artifact, began: float) -> Provided | None:
+    """What was verified may be removed before it is loaded, by `bitblas cache prune` for example: None then."""
+    try:
+        return _provided(plan, artifact, "loaded", began)
+    except (OSError, RuntimeError):  # which is what tvm_ffi raises
+        if artifact.library.exists():
+            raise
+        return None
 
 
 def _provided(plan: MatmulPlan, artifact: Artifact, origin: str, began: float) -> Provided:
     kernels = load_kernels(artifact.library, plan)
     seconds = time.perf_counter() - began
     get_logger().info("%s %s in %.3f s, kept in %s", origin, plan.describe(), seconds, artifact.path)
-    return Provided(kernels, origin, seconds, artifact.file(SOURCES[plan.target.kind]), artifact)
+    return Provided(kernels, origin, seconds, artifact.file(SOURCES[plan.target.kind]), plan, artifact)
 
 
 def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Artifact | None:
     """Where TVM is not installed, the library that some version of it built from the same plan by the same sources."""
-    here = toolchain()
-    if here[COMPILER]:
+    if toolchain()[COMPILER]:
         return None
-    for entry in target_store.entries():
-        built = dict(entry.manifest.get("toolchain", {}), **{COMPILER: here[COMPILER]})
-        if built == here and entry.manifest.get("plan") == plan.fields():
-            return target_store.load(entry.key)
+    made = filter(is_usable, toolchains(target_store))
+    keys = (artifact_key({**plan.fields(), "toolchain": versions}) for versions in made)
+    return next(filter(None, map(target_store.load, keys)), None)
+
+
+def _load_other_tilings(plan: MatmulPlan, began: float) -> Provided | None:
+    """Where TVM is not installed: the same with the tilings of a record, or of a card, that is not here."""
+    if toolchain()[COMPILER]:
+        return None
+    place, wanted = store(), plan.fields()
+    for entry in place.entries():
+        made = entry.manifest.get("plan", {})
+        if is_usable(entry.manifest.get("toolchain", {})) and all(
+            made.get(name) == value for name, value in wanted.items() if name != "kernels"
+        ):
+            kernels = tuple(KernelPlan.read(values) for values in made["kernels"])
+            artifact = place.load(entry.key)
+            if artifact is not None:
+                return _provided_unless_removed(replace(plan, kernels=kernels), artifact, began)
     return None
 
 
@@ -145,4 +202,4 @@ def _compile(plan: MatmulPlan, began: float) -> Provided:
     executable, _ = compile_plan(plan)
     kernels = wrap_executable(executable, plan)
     source = executable.mod.inspect_source("ll")
-    return Provided(kernels, "in memory", time.perf_counter() - began, source)
+    return Provided(kernels, "in memory", time.perf_counter() - began, source, plan)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from .. import packing
 from ..config import MatmulConfig
+from ..dequantization import BLOCK_ROWS, dequantize, unpack_zeros
 from ..errors import ArgumentError
 from ..layout import PackedLayout
 from ..plan import MatmulPlan
@@ -127,6 +128,51 @@ class WithWeights:
         if weight.element_size() * weight.numel() != self.layout.num_bytes:
             raise ArgumentError(f"weight has dtype {weight.dtype}; it must be what transform_weight returned")
         return packing.unpack(weight.detach(), self.layout)
+
+    def weight_blocks(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        rows: int = BLOCK_ROWS,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """What a weight in this operator's layout stands for, some rows of N at a time.
+
+        Parameters
+        ----------
+        weight, scale, zeros : torch.Tensor
+            As they are handed over at a call; a scale and zeros of shape (N,) as (N, 1).
+        rows : int
+            How many to decode at once.
+
+        Yields
+        ------
+        (slice, torch.Tensor)
+            Rows, and their values, (rows, K) float32.
+        """
+        config = self.config
+        codes = self.unpack_weight(weight)
+        points = zeros.reshape(config.N, -1) if zeros is not None and not config.zeros_packed else zeros
+        if points is not None and config.zeros_packed:
+            points = unpack_zeros(points, config.N, config.format.bits)
+        scales = None if scale is None else scale.detach().reshape(config.N, -1)
+        for first in range(0, config.N, rows):
+            place = slice(first, min(first + rows, config.N))
+            factors, shifts = (None if t is None else t[place] for t in (scales, points))
+            yield place, dequantize(codes[place], config.format, factors, shifts, config.zeros_mode)
+
+    def dequantize(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """The (N, K) values, of `dtype`, of a weight in this operator's layout; parameters as of `weight_blocks`."""
+        out = torch.empty((self.config.N, self.config.K), dtype=dtype, device=weight.device)
+        for place, values in self.weight_blocks(weight, scale, zeros):
+            out[place] = values
+        return out
 
     @property
     def weight_transform(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import platform
 import uuid
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import env
-from ..artifacts import artifact_key
-from ..build import toolchain
+from ..artifacts import ArtifactStore, artifact_key
+from ..artifacts.record import DamagedError
+from ..artifacts.survey import toolchains
+from ..build import COMPILER, is_usable, toolchain
 from ..config import MatmulConfig
 from ..errors import BitBLASError
 from ..logs import get_logger
@@ -51,8 +54,11 @@ def this_machine(target: Target | None = None) -> dict[str, object]:
 
 def record_path(config: MatmulConfig, target: Target) -> Path:
     """The file of a config and a target, with the numbers of its card, under the installed versions."""
-    key = artifact_key({"config": config.kernel.fields(), "target": target.facts(), "toolchain": toolchain()})
-    return env.CACHE_DIR.get() / "tuning" / f"{key}.json"
+    return env.CACHE_DIR.get() / "tuning" / f"{_key(config, target, toolchain())}.json"
+
+
+def _key(config: MatmulConfig, target: Target, versions: Mapping[str, str]) -> str:
+    return artifact_key({"config": config.kernel.fields(), "target": target.facts(), "toolchain": versions})
 
 
 def save_record(
@@ -77,7 +83,7 @@ def save_record(
     dict
         The record, as JSON values.
     """
-    path, before = record_path(config, target), read_record(config, target)
+    path, before = record_path(config, target), _read_record(record_path(config, target))
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     where = dict(this_machine(target) if machine is None else machine)
     rows = {str(m): {**row.fields(), "date": date, "machine": where} for m, row in found.items()}
@@ -90,6 +96,7 @@ def save_record(
         "machine": where,
         "buckets": {**(before["buckets"] if before else {}), **rows},
     }
+    record["checksum"] = _checksum(record)
     try:
         for directory in (path.parent.parent, path.parent):  # each as private as the store asks
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -102,17 +109,48 @@ def save_record(
 
 
 def read_record(config: MatmulConfig, target: Target) -> dict[str, Any] | None:
-    """The stored record, or None; a damaged one counts as none."""
+    """The stored record, or None; a damaged one counts as none. Where TVM is not installed, that of any version of it."""
+    return _read_record(find_record(config, target))
+
+
+def find_record(config: MatmulConfig, target: Target) -> Path:
+    """The file that `read_record` reads, which need not be there."""
     path = record_path(config, target)
+    if toolchain()[COMPILER] or path.exists():
+        return path
+    made = filter(is_usable, toolchains(ArtifactStore(env.CACHE_DIR.get())))
+    others = (path.with_name(f"{_key(config, target, versions)}.json") for versions in made)
+    return next((other for other in others if other.exists()), path)
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record = parse_record(path.read_bytes())
         choices(record)
         return record
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, DamagedError, ValueError, KeyError, TypeError, AttributeError) as error:
         get_logger().warning("the tuning record %s is not readable and is ignored: %s", path, error)
         return None
+
+
+def parse_record(content: bytes) -> dict[str, Any]:
+    """The record that the content of a file is; DamagedError where it is none, or not what was written."""
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        raise DamagedError(f"it is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("buckets"), dict):
+        raise DamagedError("it is no tuning record")
+    if record.get("checksum", "") not in ("", _checksum(record)):  # older ones have none
+        raise DamagedError("it is not what was written")
+    return record
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def choices(record: Mapping[str, Any]) -> dict[int, Tiling]:

@@ -275,17 +275,24 @@ def test_artifacts_depend_on_the_question_and_not_on_hints(store):
 def test_a_machine_without_tvm_loads_what_another_built(store, monkeypatch):
     cfg = small(N=144)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(provider, "toolchain", lambda: {**build.toolchain(), build.COMPILER: "0.27.9"})
+        pretend(patch, **{build.COMPILER: "0.27.9"})
         assert Matmul(cfg).origin == "compiled"
-    monkeypatch.setattr(provider, "toolchain", lambda: {**build.toolchain(), build.COMPILER: ""})
+    pretend(monkeypatch, **{build.COMPILER: ""})
     op = Matmul(cfg)
     assert op.origin == "loaded"
     result, expected = call(op)
     assert torch.allclose(result, expected, rtol=1e-2, atol=0.2)
-    monkeypatch.setattr(provider, "toolchain", lambda: {**build.toolchain(), build.COMPILER: "", "sources": "others"})
+    pretend(monkeypatch, **{build.COMPILER: "", "sources": "others"})
     monkeypatch.setattr(provider, "build_library", no_tvm)
     with pytest.raises(BuildError, match="no TVM"):
         Matmul(cfg)
+
+
+def pretend(patch, **versions):
+    """Be a machine with other versions installed."""
+    found = {**build.toolchain(), **versions}
+    for module in (build, provider):
+        patch.setattr(module, "toolchain", lambda: found)
 
 
 def no_tvm(*_):

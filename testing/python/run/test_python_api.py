@@ -30,6 +30,8 @@ TEXT = DOCUMENT.read_text(encoding="utf-8")
 PUBLIC = {
     "bitblas.MatmulConfig": ["bitblas.ops", "bitblas.ops.general_matmul"],
     "bitblas.Matmul": ["bitblas.ops", "bitblas.ops.general_matmul"],
+    "bitblas.Linear": ["bitblas.module", "bitblas.nn"],
+    "bitblas.quantize_": ["bitblas.nn"],
     "bitblas.auto_detect_nvidia_target": ["bitblas.utils", "bitblas.utils.target_detector"],
     "bitblas.utils.get_all_nvidia_targets": ["bitblas.utils.target_detector"],
     "bitblas.cache.OperatorCache": [],
@@ -37,9 +39,19 @@ PUBLIC = {
     "bitblas.cache.load_global_ops_cache": [],
     "bitblas.cache.get_database_path": [],
     "bitblas.cache.set_database_path": [],
+    "bitblas.cache.export_bundle": [],
+    "bitblas.cache.import_bundle": [],
     "bitblas.quantization.general_compress": ["bitblas.quantization.utils"],
     "bitblas.quantization.interleave_weight": ["bitblas.quantization.utils"],
     "bitblas.quantization.gen_quant4": ["bitblas.quantization.utils"],
+    "bitblas.codecs.QuantizedWeight": ["bitblas.codecs.weight"],
+    "bitblas.codecs.from_gptq": ["bitblas.codecs.gptq"],
+    "bitblas.codecs.from_gptq_module": ["bitblas.codecs.gptq"],
+    "bitblas.codecs.from_awq": ["bitblas.codecs.awq"],
+    "bitblas.codecs.from_compressed": ["bitblas.codecs.compressed_tensors"],
+    "bitblas.codecs.quantize": ["bitblas.codecs.rounding"],
+    "bitblas.codecs.format_tensor": ["bitblas.codecs.weight"],
+    "bitblas.codecs.parse_format_tensor": ["bitblas.codecs.weight"],
     "bitblas.ops.QuantCompress": ["bitblas.ops.quant_compress"],
     "bitblas.ops.QuantCompressConfig": ["bitblas.ops.quant_compress"],
     "bitblas.ops.LOP3Permutate": ["bitblas.ops.lop3_permutate"],
@@ -68,8 +80,10 @@ PLAIN = {
 #: Each class beside the attributes that its objects get when they are made.
 DOORS = {
     "bitblas.Matmul": ("config", "name", "backend", "target", "plan"),
+    "bitblas.Linear": (),
     "bitblas.ops.MatmulWithSplitK": (),
     "bitblas.cache.OperatorCache": (),
+    "bitblas.codecs.QuantizedWeight": ("W_dtype", "packed", "in_features", "scales"),
     "bitblas.ops.QuantCompress": ("config", "name", "backend", "target"),
     "bitblas.ops.LOP3Permutate": ("config", "name", "backend", "target"),
     "bitblas.ops.LadderPermutate": ("config", "name", "backend", "target"),
@@ -134,7 +148,7 @@ def test_names_are_documented(path):
 
 @pytest.mark.parametrize(("path", "parameters", "returns"), SIGNATURES, ids=[path for path, _, _ in SIGNATURES])
 def test_signatures(path, parameters, returns):
-    namespace = {"np": np}
+    namespace = {"np": np, "torch": torch}
     exec(f"def documented({parameters}): ...", namespace)
     documented = list(inspect.signature(namespace["documented"]).parameters.values())
     signature = inspect.signature(resolve(path))
@@ -158,6 +172,8 @@ def test_every_member_is_mentioned(path):
     kind = resolve(path)
     own = [name for name in dir(kind) if not name.startswith("_") and name not in ("config_class", "default_name")]
     inherited = dir(Matmul) if kind is not Matmul and issubclass(kind, Matmul) else ()
+    if issubclass(kind, torch.nn.Module):
+        inherited = dir(torch.nn.Module)
     if hasattr(kind, "config_class"):  # a sentence says that the fields of its config are attributes
         inherited = [field.name for field in dataclasses.fields(kind.config_class)]
     text = section(path)

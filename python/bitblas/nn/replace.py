@@ -1,0 +1,94 @@
+"""Models whose layers are replaced by quantized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import ArgumentError, BitBLASError
+from ..logs import progress
+from .linear import Linear
+from .operators import build_operators
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+#: What is left out unless something else is said: the head of a language model, by the name that transformers gives it.
+EXCLUDE = ("lm_head", "*.lm_head")
+
+
+def quantize_(
+    model: M,
+    W_dtype: str = "uint4",
+    group_size: int = 128,
+    symmetric: bool | None = None,
+    exclude: Sequence[str] = EXCLUDE,
+    build: bool = True,
+    **options: Any,
+) -> M:
+    """Replace the `torch.nn.Linear` layers of a model by quantized ones, in place, rounding their weights to nearest.
+
+    Each weight is freed as its layer is replaced. Operators of equal shape are built once and shared.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; not itself a `torch.nn.Linear` (`Linear.from_linear` takes one).
+    W_dtype, group_size, symmetric, **options
+        As of `Linear.from_linear`.
+    exclude : sequence of str
+        Patterns, with * and ?, of the qualified names of layers that are left as they are.
+    build : bool
+        Whether to load or build the kernels now, instead of by the first call.
+
+    Returns
+    -------
+    torch.nn.Module
+        `model`.
+
+    Raises
+    ------
+    ArgumentError
+        A layer cannot be quantized so: the message names it. The layers before it are replaced already, unless it is for its
+        shape, which is checked ahead of all.
+    """
+    if isinstance(exclude, str):
+        raise ArgumentError(f"exclude is {exclude!r}; it must be a sequence of patterns")
+    if isinstance(model, torch.nn.Linear):
+        raise ArgumentError(
+            "model is a torch.nn.Linear itself; call bitblas.Linear.from_linear, which returns a new layer"
+        )
+    chosen = {
+        name: layer
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if type(layer) is torch.nn.Linear and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    for name, layer in chosen.items():
+        if group_size != -1 and (group_size < 1 or layer.in_features % group_size):
+            raise ArgumentError(
+                f"{name} has {layer.in_features} in_features, which group_size {group_size} does not divide; leave it out by "
+                f"exclude, or choose another"
+            )
+    made: dict[int, Linear] = {}  # a layer that stands in several places stays one
+    with progress("quantizing", len(chosen)) as step:
+        for name, layer in chosen.items():
+            step(name)
+            if id(layer) not in made:
+                made[id(layer)] = _replacement(name, layer, W_dtype, group_size, symmetric, options)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made[id(layer)])
+    if build:
+        build_operators(layer.bitblas_matmul for layer in made.values())
+    return model
+
+
+def _replacement(
+    name: str, layer: torch.nn.Linear, w_dtype: str, group_size: int, symmetric: bool | None, options: dict[str, Any]
+) -> Linear:
+    try:
+        made = Linear.from_linear(layer, w_dtype, group_size, symmetric, **options)
+    except BitBLASError as error:
+        raise type(error)(f"{name}: {error}") from error
+    return made.train(layer.training)

@@ -1,0 +1,236 @@
+"""Matmul among torch's own operators: what torch.compile, torch.export and autograd see of it.
+
+``bitblas::matmul`` names its operator by text (`operator_spec`), so that a graph holds tensors and constants only, and an
+exported program finds, or builds, its kernels in another process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+
+from ..config import MatmulConfig
+from ..errors import ArgumentError
+from ..layout import PackedLayout
+from ..target import Target
+
+
+class Operator(Protocol):
+    """What is asked of a `Matmul` here."""
+
+    config: MatmulConfig
+
+    @property
+    def layout(self) -> PackedLayout:
+        """Where the bits of its weights lie."""
+
+    def launch(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        extras: Sequence[torch.Tensor | None],
+        named: dict[str, torch.Tensor | None] | None,
+        output: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute."""
+
+    def weight_blocks(
+        self, weight: torch.Tensor, scale: torch.Tensor | None, zeros: torch.Tensor | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Decode."""
+
+
+#: Under "matmul" what makes an operator of a config, for a target, with or without a dense cache: `Matmul` puts itself here.
+makers: dict[str, Callable[[MatmulConfig, Target, bool], Operator]] = {}
+
+_OPERANDS = "Tensor A, Tensor W, Tensor? scale, Tensor? zeros, Tensor? bias"
+_DEVICES = ("cpu", "cuda")
+
+#: Operators that are alive, by spec; the latest of several.
+_alive: WeakValueDictionary[str, Operator] = WeakValueDictionary()
+#: Those that were made for a graph, which holds their spec only.
+_made: dict[str, Operator] = {}
+
+
+def operator_spec(config: MatmulConfig, target: Target, layout: str, dense_cache: bool) -> str:
+    """A text by which an operator can be found, or made again elsewhere."""
+    fields = {"config": config.fields(), "target": target.fields(), "layout": layout, "dense_cache": dense_cache}
+    return json.dumps(fields, sort_keys=True)
+
+
+def announce(spec: str, op: Operator) -> None:
+    """Let graphs find `op`."""
+    _alive[spec] = op
+
+
+def find_operator(spec: str) -> Operator:
+    """The operator of a spec, made where none is alive.
+
+    Raises
+    ------
+    UnsupportedError
+        This machine cannot run the target that a graph was exported for.
+    ArgumentError
+        Weights lie in another layout here than in the program that exported the graph.
+    """
+    found = _alive.get(spec) or _made.get(spec)
+    if found is None:
+        found = _made[spec] = _make(json.loads(spec))
+    return found
+
+
+def _make(fields: dict[str, Any]) -> Operator:
+    target = Target(**{**fields["target"], "mattr": tuple(fields["target"]["mattr"])})
+    op = makers["matmul"](MatmulConfig(**fields["config"]), target, fields["dense_cache"])
+    if op.layout.name != fields["layout"]:
+        raise ArgumentError(
+            f"the graph's weights lie in the layout {fields['layout']!r}, those of this version's {target} in "
+            f"{op.layout.name!r}: export the program again"
+        )
+    return op
+
+
+@lru_cache(maxsize=4096)
+def _config_of(spec: str) -> MatmulConfig:
+    return MatmulConfig(**json.loads(spec)["config"])
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------------
+
+
+def _matmul(
+    A: torch.Tensor,
+    W: torch.Tensor,
+    scale: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    operator: str,
+) -> torch.Tensor:
+    return find_operator(operator).launch(A, W, (), {"scale": scale, "zeros": zeros, "bias": bias}, None)
+
+
+def _matmul_fake(
+    A: torch.Tensor,
+    W: torch.Tensor,
+    scale: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    operator: str,
+) -> torch.Tensor:
+    config = _config_of(operator)
+    shape = A.mT.shape if config.layout.startswith("t") and A.dim() > 1 else A.shape
+    k = config.K
+    halved = (k + 1) // 2 if config.A_dtype == "int4" else k
+    if not shape or (shape[-1] != k and shape[-1] != halved):
+        raise ArgumentError(f"A has shape {tuple(A.shape)}; K = {k} of its elements are multiplied with a row of W")
+    if A.dtype is not getattr(torch, config.held_dtype):
+        raise ArgumentError(f"A has dtype {A.dtype}; this operator takes torch.{config.held_dtype}")
+    return A.new_empty((*shape[:-1], config.N), dtype=getattr(torch, config.out_dtype))
+
+
+def _matmul_into(
+    A: torch.Tensor,
+    W: torch.Tensor,
+    scale: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    operator: str,
+) -> None:
+    find_operator(operator).launch(A, W, (), {"scale": scale, "zeros": zeros, "bias": bias}, output)
+
+
+def _matmul_into_fake(*operands: object) -> None:
+    """Nothing is made: `output` is there."""
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------------
+
+
+def _gradient(
+    grad: torch.Tensor, W: torch.Tensor, scale: torch.Tensor | None, zeros: torch.Tensor | None, operator: str
+) -> torch.Tensor:
+    op = find_operator(operator)
+    config = op.config
+    rows = grad.reshape(-1, config.N)
+    # products of half precision are fast on cards, and float32 is what CPUs are sure to multiply
+    dtype = grad.dtype if grad.is_cuda else torch.float32
+    out = torch.zeros((rows.shape[0], config.K), dtype=torch.float32, device=grad.device)
+    for place, values in op.weight_blocks(W, scale, zeros):
+        out += rows[:, place].to(dtype) @ values.to(dtype)
+    out = out.view(*grad.shape[:-1], config.K).to(getattr(torch, config.A_dtype))
+    return out.mT.contiguous() if config.layout.startswith("t") and grad.dim() > 1 else out
+
+
+def _gradient_fake(
+    grad: torch.Tensor, W: torch.Tensor, scale: torch.Tensor | None, zeros: torch.Tensor | None, operator: str
+) -> torch.Tensor:
+    config = _config_of(operator)
+    shape = (*grad.shape[:-1], config.K)
+    if config.layout.startswith("t") and grad.dim() > 1:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    return grad.new_empty(shape, dtype=getattr(torch, config.A_dtype))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, W, scale, zeros, bias, ctx.operator = inputs
+    ctx.save_for_backward(W, scale, zeros)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    for place, name in enumerate(("W", "scale", "zeros"), 1):
+        if ctx.needs_input_grad[place]:
+            raise ArgumentError(
+                f"{name} requires a gradient, and there is none for a quantized weight: gradients flow to A and bias. Call "
+                f"requires_grad_(False) on it"
+            )
+    W, scale, zeros = ctx.saved_tensors
+    for_a = for_bias = None
+    if ctx.needs_input_grad[0]:
+        for_a = torch.ops.bitblas.matmul_gradient(grad.contiguous(), W, scale, zeros, ctx.operator)
+    if ctx.needs_input_grad[4]:
+        for_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return for_a, None, None, None, for_bias, None
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, W, scale, zeros, ctx.operator = inputs
+    ctx.save_for_backward(W, scale, zeros)
+
+
+def _gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradient is linear in what comes from above, as the product itself is in A."""
+    W, scale, zeros = ctx.saved_tensors
+    config = _config_of(ctx.operator)
+    if config.dynamic_quantization is not None:
+        raise ArgumentError("there is no second derivative where activations are rounded (dynamic_quantization)")
+    bias = grad.new_zeros(config.N, dtype=getattr(torch, config.out_dtype)) if config.with_bias else None
+    return torch.ops.bitblas.matmul(grad, W, scale, zeros, bias, ctx.operator), None, None, None, None
+
+
+def _define() -> None:
+    """Register all of them. The library object has to stay alive."""
+    library = torch.library
+    library.define("bitblas::matmul", f"({_OPERANDS}, str operator) -> Tensor")
+    library.define("bitblas::matmul_into", f"({_OPERANDS}, Tensor(a!) output, str operator) -> ()")
+    library.define(
+        "bitblas::matmul_gradient", "(Tensor grad, Tensor W, Tensor? scale, Tensor? zeros, str operator) -> Tensor"
+    )
+    for name, kernel, fake in (
+        ("bitblas::matmul", _matmul, _matmul_fake),
+        ("bitblas::matmul_into", _matmul_into, _matmul_into_fake),
+        ("bitblas::matmul_gradient", _gradient, _gradient_fake),
+    ):
+        library.impl(name, _DEVICES)(kernel)
+        library.register_fake(name)(fake)
+    library.register_autograd("bitblas::matmul", _backward, setup_context=_save)
+    library.register_autograd("bitblas::matmul_gradient", _gradient_backward, setup_context=_save_gradient)
+
+
+_define()
