@@ -43,7 +43,8 @@ def check_size(argument: str, value: object) -> int:
     return int(value)
 
 
-def _flag(argument: str, value: object) -> bool:
+def check_flag(argument: str, value: object) -> bool:
+    """Return a bool, False for None, or raise ConfigError."""
     if value is None:
         return False
     if not isinstance(value, (bool, int)) or value not in (0, 1):
@@ -51,14 +52,15 @@ def _flag(argument: str, value: object) -> bool:
     return bool(value)
 
 
-def _buckets(value: object) -> int | tuple[int, ...]:
+def check_buckets(argument: str, value: object) -> int | tuple[int, ...]:
+    """Return rows to specialise for, or raise ConfigError."""
     if value is None:
         return DEFAULT_BUCKETS
     if isinstance(value, (list, tuple)):
         if not value:
-            raise ConfigError("M is empty; give an int, a list of ints, or None")
-        return tuple(check_size("M", m) for m in value)
-    return check_size("M", value)
+            raise ConfigError(f"{argument} is empty; give an int, a list of ints, or None")
+        return tuple(check_size(argument, m) for m in value)
+    return check_size(argument, value)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class MatmulConfig:
     def _normalize(self, bias: bool | None) -> None:
         a_dtype = check_dtype_name("A_dtype", self.A_dtype, A_DTYPES)
         values = {
-            "M": _buckets(self.M),
+            "M": check_buckets("M", self.M),
             "N": check_size("N", self.N),
             "K": check_size("K", self.K),
             "A_dtype": a_dtype,
@@ -148,8 +150,8 @@ class MatmulConfig:
             "out_dtype": check_dtype_name("out_dtype", self.out_dtype, OUT_DTYPES),
             "accum_dtype": check_dtype_name("accum_dtype", self.accum_dtype, ACCUM_DTYPES),
             "with_bias": self._bias(bias),
-            "with_scaling": _flag("with_scaling", self.with_scaling),
-            "with_zeros": _flag("with_zeros", self.with_zeros),
+            "with_scaling": check_flag("with_scaling", self.with_scaling),
+            "with_zeros": check_flag("with_zeros", self.with_zeros),
             "group_size": -1 if self.group_size is None else self.group_size,
             "zeros_mode": "original" if self.zeros_mode is None else self.zeros_mode,
         }
@@ -159,10 +161,10 @@ class MatmulConfig:
             raise ConfigError(f"layout is {self.layout!r}; allowed: {', '.join(LAYOUTS)}")
 
     def _bias(self, bias: bool | None) -> bool:
-        with_bias = _flag("with_bias", self.with_bias)
-        if with_bias and bias is not None and not _flag("bias", bias):
+        with_bias = check_flag("with_bias", self.with_bias)
+        if with_bias and bias is not None and not check_flag("bias", bias):
             raise ConfigError("bias is False, but with_bias is True: they are two names of one thing")
-        return with_bias or _flag("bias", bias)
+        return with_bias or check_flag("bias", bias)
 
     def _check_dtypes(self) -> None:
         integers = self.A_dtype in _INTEGER_ACTIVATIONS and self.format.is_integer

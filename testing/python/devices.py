@@ -27,12 +27,18 @@ EMULATED = "cuda -arch=sm_80"
 
 #: Files, or tests of them, that are not run on cards, and why.
 NOT_ON_CARDS = {
+    "test_cache_cli.py": "starts processes, which are for this CPU",
     "test_cli.py": "the commands have tests of their own",
     "test_docs.py": "the documents are about any machine",
     "test_dynamic_quantization.py::test_what_is_quantized_exactly_is_bit_equal_to_int8": "int8 goes to tensor cores there, "
     "whose sums are scaled in another order",
     "test_float_activations.py::test_slices_keep_what_float32_sums_keep": "slices are for CPUs with VNNI",
     "test_float_activations.py::test_pairs_of_bfloat16_are_exact_but_for_the_sums": "pairs are for CPUs with AVX512-BF16",
+    "test_linear.py": "layers follow their tensors, which are on the CPU",
+    "test_linear_autograd.py": "layers follow their tensors, which are on the CPU",
+    "test_linear_compile.py": "layers follow their tensors, which are on the CPU",
+    "test_linear_state.py": "layers follow their tensors, which are on the CPU",
+    "test_quantize_model.py": "layers follow their tensors, which are on the CPU",
     "test_matmul.py::test_targets": "compares CPUs",
     "test_matmul.py::test_bits_do_not_depend_on_run_or_threads": "threads are the CPU's",
     "test_matmul.py::test_default_device_is_of_no_account": "a default device of cuda is in test_cuda_streams.py",

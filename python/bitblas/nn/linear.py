@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..codecs import QuantizedWeight
 from ..codecs.gptq import from_gptq_module
 from ..codecs.rounding import quantize
-from ..config import DEFAULT_BUCKETS, MatmulConfig, check_size
+from ..config import DEFAULT_BUCKETS, MatmulConfig, check_buckets, check_flag, check_size
 from ..errors import ArgumentError
 from ..ops import Matmul
 from ..ops.arguments import PLAIN
+from ..ops.bound import BoundMatmul
 from .portable import Portable
 from .state import FLOATS, describe, fit_tensor, packed_layout, relay
 
@@ -98,16 +100,16 @@ class Linear(Portable):
         act_order: bool = False,
     ) -> None:
         super().__init__()
-        self._options = (bool(enable_tuning), bool(dense_cache))
+        self._options = (check_flag("enable_tuning", enable_tuning), check_flag("dense_cache", dense_cache))
         config = MatmulConfig(
-            M=opt_M,
+            M=check_buckets("opt_M", opt_M),
             N=check_size("out_features", out_features),
             K=check_size("in_features", in_features),
             A_dtype=A_dtype,
             W_dtype=W_dtype,
             out_dtype=out_dtype,
             accum_dtype=accum_dtype,
-            with_bias=bias,
+            with_bias=check_flag("bias", bias),
             group_size=group_size,
             with_scaling=with_scaling,  # type: ignore[arg-type]
             with_zeros=with_zeros,
@@ -118,7 +120,7 @@ class Linear(Portable):
         )
         place = torch.empty(0, device=device).device
         self._choose(config, place)
-        self._make_buffers(place, act_order)
+        self._make_buffers(place, check_flag("act_order", act_order))
 
     def _make_buffers(self, device: torch.device, act_order: bool) -> None:
         config, shape = self.config, (self.config.N, self.config.num_groups)
@@ -141,6 +143,7 @@ class Linear(Portable):
             self._set_perm(torch.arange(config.K, dtype=torch.int32, device=device))
         if self._weight_name == "qweight":
             self.register_buffer("format", self._expected_format().to(device))
+        self._order_buffers()
 
     # -- what it is ------------------------------------------------------------------------------------------------------
 
@@ -204,33 +207,27 @@ class Linear(Portable):
         """
         if output is None and not torch.compiler.is_compiling():
             bound = self._bound
+            if bound is None or not bound.holds():
+                bound = self._bind()
             if (
                 bound is not None
                 and type(A) in PLAIN
+                and A.dtype is bound.dtype  # or autocast may have to convert it
                 and not (torch.is_grad_enabled() and (A.requires_grad or any(t.requires_grad for t in bound.tensors)))
-                and self._is_bound()
+                and forward_ad._current_level < 0
             ):
-                perm = self._buffers.get("perm")
+                perm = self._tensor("perm")
                 return bound(A if perm is None else self._order(A, perm))
-            self._bind()
         return self._forward(A, output)
 
-    def _is_bound(self) -> bool:
-        """Whether the buffers are those that were checked, and where they were."""
-        buffers = self._buffers
-        for name, tensor, address in self._checked:
-            if buffers.get(name) is not tensor or tensor.data_ptr() != address:
-                return False
-        return True
-
-    def _bind(self) -> None:
-        """Check the buffers once, for the calls that follow, unless some have to be converted at each call."""
+    def _bind(self) -> BoundMatmul | None:
+        """Check the buffers once, for the calls that follow; None where some have to be converted at each call."""
         names = [self._weight_name, *(name for name in _EXTRAS if self._tensor(name) is not None)]
-        self._bound = None
-        if not self._parameters:  # which a user has put there, to be trained
-            self._bound = self._operator.bind(*(self._tensor(name) for name in names))  # type: ignore[arg-type]
-        if self._bound is not None:
-            self._checked = [(name, t, t.data_ptr()) for name, t in zip(names, self._bound.tensors, strict=True)]
+        tensors = [self._tensor(name) for name in names]
+        homes = [self._buffers if name in self._buffers else self._parameters for name in names]
+        bound = self._operator.bind(*tensors)  # type: ignore[arg-type]
+        self._bound = bound and bound.at(list(zip(homes, names, strict=True)))
+        return self._bound
 
     def _order(self, A: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
         """The activations in the order of the weight's columns."""
@@ -292,9 +289,13 @@ class Linear(Portable):
             A wrong shape or dtype, a value that the format cannot hold, or a tensor that the layer was built without.
         """
         device = weight.device if self._weight.is_meta else self.device
+        if device != self.device:
+            self._choose(self.config, device)
         given = {"scales": scales, "zeros": zeros, "bias": bias}
         ready = {name: fit_tensor(name, t, self._tensor(name), device) for name, t in given.items() if t is not None}
         ready[self._weight_name] = self._operator.transform_weight(weight).to(device)
+        if "format" in self._buffers:
+            ready["format"] = self._expected_format().to(device)
         for name, tensor in ready.items():
             self._put(name, tensor)
 

@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..ops import Matmul
 from ..ops.bound import BoundMatmul
 from .operators import shared_operator, target_of
-from .state import check_perm, follow_dtype, followed_dtype, format_conflict, packed_layout, relay
+from .state import check_kind, check_perm, follow_dtype, followed_dtype, format_conflict, packed_layout, relay
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Tensors that are floats, but for packed zero points.
 _FLOATING = ("scales", "zeros", "bias")
+#: What may lie beside a weight.
+_OTHERS = (*_FLOATING, "perm", "format")
 
 
 class Portable(torch.nn.Module):
@@ -79,6 +81,12 @@ class Portable(torch.nn.Module):
 
     def _set_perm(self, perm: torch.Tensor | None) -> None:
         self._put("perm", None if perm is None else check_perm(perm, self.config.K))
+        self._order_buffers()
+
+    def _order_buffers(self) -> None:
+        """Those that are None last: `torch.export` counts them, and then looks beyond the inputs of its graph."""
+        for name in [name for name, tensor in self._buffers.items() if tensor is None]:
+            self._buffers[name] = self._buffers.pop(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """What `.to()`, `.half()` and their like do: the weight is packed, moved, and laid out for where it then is."""
@@ -99,9 +107,14 @@ class Portable(torch.nn.Module):
             self._put(self._weight_name, relay(self._weight, packed_layout(config), new.layout))
         self._operator, self._bound = new, None
         self._fit_dtypes(before)
-        if moved and "format" in self._buffers:  # `to_empty` leaves it undefined
-            self._put("format", self._expected_format().to(probe.device))
+        self._mend_format()
         return self
+
+    def _mend_format(self) -> None:
+        """Write `format` again where it is lost, as by `to_empty`."""
+        found, expected = self._tensor("format"), self._expected_format()
+        if found is not None and not found.is_meta and not torch.equal(found.cpu(), expected):
+            self._put("format", expected.to(found.device))
 
     def _fit_dtypes(self, before: Mapping[str, torch.Tensor | None] | None = None) -> None:
         """Bring scales, zero points and bias to the dtypes that the kernels take: from `before`, where they had them."""
@@ -149,9 +162,9 @@ class Portable(torch.nn.Module):
     ) -> None:
         given, errors = dict(state_dict), len(error_msgs)
         weight, form, perm = (given.get(prefix + name) for name in (self._weight_name, "format", "perm"))
-        conflict = format_conflict(form, self._expected_format()) if form is not None else None
-        if conflict:
-            error_msgs.append(f"{prefix}{conflict}")
+        conflicts = self._conflicts({name: given.get(prefix + name) for name in (self._weight_name, *_OTHERS)})
+        if conflicts:
+            error_msgs.extend(prefix + conflict for conflict in conflicts)
             return
         if form is None and "format" in self._buffers:  # written by another library: there is nothing to compare
             given[prefix + "format"] = self._expected_format()
@@ -166,7 +179,8 @@ class Portable(torch.nn.Module):
             assigned = local_metadata.get("assign_to_params_buffers", False)
             if assigned and weight.device != self.device:
                 self._choose(self.config, weight.device)
-            value = weight.detach().to(self._weight.dtype)
+            value = weight.detach()
+            value = value.view(torch.int8) if value.dtype is torch.uint8 else value.to(self._weight.dtype)
             given[prefix + self._weight_name] = relay(value, packed_layout(self.config), self._operator.layout)
         super()._load_from_state_dict(given, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if len(error_msgs) == errors:
@@ -174,11 +188,27 @@ class Portable(torch.nn.Module):
             if not self._weight.is_meta:
                 self._set_perm(self.perm)
 
+    def _conflicts(self, given: Mapping[str, Any]) -> list[str]:
+        """What of a state_dict would be read as something else than it is; torch compares the shapes of the rest."""
+        found: list[str] = []
+        for name, tensor in given.items():
+            mine = self._tensor(name)
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            try:
+                if name == "format" and mine is not None:
+                    found += filter(None, [format_conflict(tensor, self._expected_format())])
+                elif name == "perm":
+                    check_perm(tensor, self.config.K)
+                elif mine is not None:
+                    check_kind(name, tensor, mine)
+            except ArgumentError as error:
+                found.append(str(error))
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         """Packed, for other machines; without the operator."""
-        state = {
-            name: value for name, value in self.__dict__.items() if name not in ("_operator", "_bound", "_checked")
-        }
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_operator", "_bound")}
         home = "_parameters" if self._weight_name in self._parameters else "_buffers"
         packed = relay(self._weight, self._operator.layout, packed_layout(self.config))
         if home == "_parameters":
@@ -198,7 +228,5 @@ class Portable(torch.nn.Module):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         shared = {"_operator": self._operator, "_bound": None}
-        copied.__dict__.update(
-            {k: shared[k] if k in shared else deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_checked"}
-        )
+        copied.__dict__.update({k: shared[k] if k in shared else deepcopy(v, memo) for k, v in self.__dict__.items()})
         return copied

@@ -14,6 +14,8 @@ from ..layout import PackedLayout
 
 #: Dtypes that a layer may be changed to.
 FLOATS = ("float16", "bfloat16", "float32")
+#: Other names of the same bytes.
+_BYTES = {torch.int8: (torch.uint8,)}
 
 
 def packed_layout(config: MatmulConfig) -> PackedLayout:
@@ -61,6 +63,13 @@ def check_perm(perm: torch.Tensor, k: int) -> torch.Tensor:
     return perm
 
 
+def check_kind(name: str, tensor: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Raise ArgumentError unless a tensor can stand for a buffer: a float for a float, bytes for bytes."""
+    both_floats = tensor.is_floating_point() and buffer.is_floating_point()
+    if not both_floats and tensor.dtype not in (buffer.dtype, *_BYTES.get(buffer.dtype, ())):
+        raise ArgumentError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; this layer takes {buffer.dtype}")
+
+
 def format_conflict(found: torch.Tensor, expected: torch.Tensor) -> str | None:
     """Say what is wrong where two format tensors name different things.
 
@@ -97,8 +106,9 @@ def fit_tensor(name: str, tensor: torch.Tensor, buffer: torch.Tensor | None, dev
     if same_bytes:
         shaped = shaped.contiguous().view(torch.int8)
     found = shaped.to(device, buffer.dtype, copy=True).contiguous()
-    if both_floats and bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(found).all()):
-        raise ArgumentError(f"{name} holds {tensor.abs().max().item():g}, which {buffer.dtype} does not")
+    lost = shaped.to(device)[shaped.to(device).isfinite() & ~found.isfinite()]
+    if lost.numel():
+        raise ArgumentError(f"{name} holds {lost[0].item():g}, which {buffer.dtype} does not")
     return found
 
 

@@ -114,16 +114,17 @@ class Door:
         self._static_m = config.M if isinstance(config.M, int) else None
         self._int4 = config.A_dtype == "int4"
         self._columns = config.layout.startswith("t")
-        self._a_dtype: torch.dtype = getattr(torch, config.held_dtype)
+        #: what A must have
+        self.dtype: torch.dtype = getattr(torch, config.held_dtype)
         #: the dtype in which the kernel takes A, where it may take an A as it is
         self._kernel_dtype: torch.dtype = getattr(torch, config.activation_dtype)
-        self._usual = None if self._columns or self._kernel_dtype is not self._a_dtype else self._a_dtype
+        self._usual = None if self._columns or self._kernel_dtype is not self.dtype else self.dtype
         self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
         #: how an A makes an output of its own dtype, where that is the one, takes a fifth less
         self._same_dtype = self._out_dtype is self._kernel_dtype
         wanted = (
             _weight_operand(config, weight_shape),
-            *_wanted_operands(config, self._a_dtype, self._out_dtype),
+            *_wanted_operands(config, self.dtype, self._out_dtype),
         )
         self._operands = tuple(replace(operand, device=self.device) for operand in wanted)
 
@@ -200,8 +201,8 @@ class Door:
 
     def _activation_slowly(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
         check_tensor("A", A, self.device)
-        if A.dtype is not self._a_dtype:
-            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
+        if A.dtype is not self.dtype:
+            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self.dtype}")
         given, A = tuple(A.shape), A.detach().resolve_neg()
         if self._columns and A.dim() > 1:
             A = A.mT

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.autograd import forward_ad
 
 from ..artifacts import Artifact
 from ..build import expression_module, scheduled_module
@@ -201,6 +202,8 @@ class Matmul(WithWeights, WithFacts):
             traced = torch.is_grad_enabled() and (
                 A.requires_grad or (self._with_bias and _any_requires_grad(*extras, bias))
             )
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(A, W, *extras, scale, zeros, bias)
         return (self._dispatch if traced else self.launch)(A, W, extras, named, output)
 
     __call__ = forward
@@ -252,6 +255,13 @@ class Matmul(WithWeights, WithFacts):
             )
         torch.ops.bitblas.matmul_into(*operands, output, self._spec)
         return output
+
+    def _refuse_tangents(self, *tensors: torch.Tensor | None) -> None:
+        """Torch would drop them without a word."""
+        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise ArgumentError(
+                "an operand has a tangent (forward-mode derivatives, torch.func.jvp), which a matmul has not: use backward-mode"
+            )
 
     def build(self) -> None:
         """Load or build the kernels now, unless they are there; the first call does so, too."""

@@ -199,6 +199,21 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return for_a, None, None, None, for_bias, None
 
 
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, W, scale, zeros, ctx.operator = inputs
+    ctx.save_for_backward(W, scale, zeros)
+
+
+def _gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradient is linear in what comes from above, as the product itself is in A."""
+    W, scale, zeros = ctx.saved_tensors
+    config = _config_of(ctx.operator)
+    if config.dynamic_quantization is not None:
+        raise ArgumentError("there is no second derivative where activations are rounded (dynamic_quantization)")
+    bias = grad.new_zeros(config.N, dtype=getattr(torch, config.out_dtype)) if config.with_bias else None
+    return torch.ops.bitblas.matmul(grad, W, scale, zeros, bias, ctx.operator), None, None, None, None
+
+
 def _define() -> None:
     """Register all of them. The library object has to stay alive."""
     library = torch.library
@@ -215,6 +230,7 @@ def _define() -> None:
         library.impl(name, _DEVICES)(kernel)
         library.register_fake(name)(fake)
     library.register_autograd("bitblas::matmul", _backward, setup_context=_save)
+    library.register_autograd("bitblas::matmul_gradient", _gradient_backward, setup_context=_save_gradient)
 
 
 _define()
