@@ -39,6 +39,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "auto_detect_nvidia_target",
+    "load_model",
     "logger",
     "quantize_",
     "set_log_level",
@@ -51,6 +52,7 @@ _LAZY = {
     "Linear": "nn",
     "MatmulConfigWithSplitK": "ops",
     "MatmulWithSplitK": "ops",
+    "load_model": "checkpoints.load",
     "quantize_": "nn",
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,21 @@ def _hides_use(path: Path) -> bool:
         return bool(os.statvfs(path).f_flag & _NOATIME)
     except OSError:
         return True
+
+
+def toolchains(store: ArtifactStore) -> tuple[dict[str, Any], ...]:
+    """What made the entries of a store: each ``toolchain`` of their manifests, read once while no entry comes or goes."""
+    try:
+        return _toolchains(store.root, (store.root / "artifacts").stat().st_mtime_ns)
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=8)
+def _toolchains(root: Path, _changed: int) -> tuple[dict[str, Any], ...]:
+    made = [artifact.manifest.get("toolchain") for artifact in ArtifactStore(root).entries()]
+    found = {json.dumps(values, sort_keys=True): values for values in made if isinstance(values, dict)}
+    return tuple(found[text] for text in sorted(found))
 
 
 def leftovers(store: ArtifactStore) -> list[Leftover]:

@@ -27,7 +27,7 @@ from ..errors import ArgumentError, ArtifactError
 from ..logs import get_logger, tracked
 from ..ops.provider import build, store
 from ..plan import MatmulPlan, plan_matmul
-from ..target import Target
+from ..target import Target, resolve_target
 from ..tuner.record import choices, find_record, read_record
 from .inventory import take_inventory
 
@@ -71,9 +71,7 @@ class Exported:
 
 
 def export_bundle(
-    path: str | os.PathLike[str],
-    configs: Sequence[MatmulConfig],
-    targets: Sequence[Target],
+    path: str | os.PathLike[str], configs: Sequence[MatmulConfig], targets: Sequence[object] = (None,)
 ) -> Exported:
     """Put the operators of some configs into a bundle, building those that are not in the store.
 
@@ -86,13 +84,15 @@ def export_bundle(
         The bundle, a name that ends in ``.tar``; it appears whole or not at all, in the place of what was there.
     configs : sequence of MatmulConfig
         The operators.
-    targets : sequence of Target
-        What each is compiled for; this machine need not be able to run it.
+    targets : sequence
+        What each is compiled for, as of `bitblas.target.resolve_target`; this machine need not be able to run it.
 
     Raises
     ------
     ArgumentError
         The path does not end in ``.tar``, or there are no configs or targets.
+    ConfigError
+        A target is not understood.
     UnsupportedError
         No schedule rule serves a config on a target.
     BuildError
@@ -103,7 +103,7 @@ def export_bundle(
         The bundle cannot be written.
     """
     path = _checked_path(path)
-    wanted = {(config, target): None for config in configs for target in targets}
+    wanted = {(config, target): None for target in map(resolve_target, targets) for config in configs}
     if not wanted:
         raise ArgumentError("configs or targets is empty; there is nothing to put into a bundle")
     plans: dict[MatmulPlan, None] = {}

@@ -114,11 +114,13 @@ def take_inventory(root: Path, *, verify: bool = False) -> Inventory:
     """
     store = ArtifactStore(root)
     store.check_private()
-    keys = store.keys()
-    seen = [look(store, key, verify=verify) for key in (tracked(keys, "verifying") if verify else keys)]
     records = tuple(_records(store.root))
     tuned = [_choices(record.content) for record in records if record.kind == "tuning" and not record.damage]
-    operators = [_operator(entry, tuned) for entry in seen if entry is not None]
+    operators = []
+    for key in tracked(store.keys(), "verifying" if verify else "looking"):
+        entry = look(store, key, verify=verify)
+        if entry is not None:
+            operators.append(_operator(entry, tuned))
     operators.sort(key=lambda row: (not row.config, row.target, row.config, row.entry.key))
     return Inventory(store.root, tuple(operators), records, tuple(leftovers(store)))
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import BitBLASError
-from . import bench, cache, info, tune
+from . import bench, cache, info, repack, tune, unpack
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,4 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_command(commands)
     tune.add_command(commands)
     cache.add_command(commands)
+    repack.add_command(commands)
+    unpack.add_command(commands)
     return parser

@@ -73,9 +73,9 @@ def _add_export_options(export: Any) -> None:
     export.add_argument(
         "--target", nargs="+", metavar="T", help="what to compile for (BITBLAS_TARGET, else this machine)"
     )
-    one = export.add_argument_group("one operator")
+    one = export.add_argument_group("one operator", "--M and --A-dtype are for the layers of a model, too")
     add_config_options(one, None, "1 16 32 64 128 256 512 1024")
-    export.set_defaults(N=None, K=None)
+    export.set_defaults(N=None, K=None, A_dtype=None)
 
 
 def _days(text: str) -> float:
@@ -273,7 +273,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.all:
         exported = export_store(options.bundle, targets if options.target else ())
     else:
-        configs = [config_of(options)] if one else _configs_of_model(options.model)
+        configs = [_config_of(options)] if one else _configs_of_model(options)
         exported = export_bundle(options.bundle, configs, targets)
     if options.json:
         keys = [artifact.key for artifact in exported.operators]
@@ -295,10 +295,15 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     return list({resolve_target(name): None for name in options.target or [None]})
 
 
-def _configs_of_model(folder: Path) -> list[MatmulConfig]:
-    from ..cache.models import configs_of_model
+def _config_of(options: argparse.Namespace) -> MatmulConfig:
+    return config_of(argparse.Namespace(**{**vars(options), "A_dtype": options.A_dtype or "float16"}))
 
-    return list(configs_of_model(folder))
+
+def _configs_of_model(options: argparse.Namespace) -> list[MatmulConfig]:
+    from ..cache.models import configs_of_model
+    from ..config import DEFAULT_BUCKETS
+
+    return list(configs_of_model(options.model, options.A_dtype, options.M or DEFAULT_BUCKETS))
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .. import env
 from ..artifacts import Artifact, ArtifactStore, artifact_key
+from ..artifacts.survey import toolchains
 from ..build import COMPILER, SOURCES, build_library, compile_plan, find_compiler, is_usable, toolchain
 from ..config import MatmulConfig
 from ..errors import BuildError
@@ -162,28 +162,28 @@ def _provided(plan: MatmulPlan, artifact: Artifact, origin: str, began: float) -
 
 def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Artifact | None:
     """Where TVM is not installed, the library that some version of it built from the same plan by the same sources."""
-    wanted = plan.fields()
-    same = (entry for entry, made in _built_by_others(target_store) if made == wanted)
-    return next(filter(None, (target_store.load(entry.key) for entry in same)), None)
+    if toolchain()[COMPILER]:
+        return None
+    made = filter(is_usable, toolchains(target_store))
+    keys = (artifact_key({**plan.fields(), "toolchain": versions}) for versions in made)
+    return next(filter(None, map(target_store.load, keys)), None)
 
 
 def _load_other_tilings(plan: MatmulPlan, began: float) -> Provided | None:
     """Where TVM is not installed: the same with the tilings of a record, or of a card, that is not here."""
+    if toolchain()[COMPILER]:
+        return None
     place, wanted = store(), plan.fields()
-    for entry, made in _built_by_others(place):
-        if all(made.get(name) == value for name, value in wanted.items() if name != "kernels"):
+    for entry in place.entries():
+        made = entry.manifest.get("plan", {})
+        if is_usable(entry.manifest.get("toolchain", {})) and all(
+            made.get(name) == value for name, value in wanted.items() if name != "kernels"
+        ):
             kernels = tuple(KernelPlan.read(values) for values in made["kernels"])
             artifact = place.load(entry.key)
             if artifact is not None:
                 return _provided_unless_removed(replace(plan, kernels=kernels), artifact, began)
     return None
-
-
-def _built_by_others(place: ArtifactStore) -> Iterator[tuple[Artifact, dict[str, Any]]]:
-    """Where TVM is not installed: what any version of it built from our sources, beside the fields of the plan."""
-    for entry in () if toolchain()[COMPILER] else place.entries():
-        if is_usable(entry.manifest.get("toolchain", {})):
-            yield entry, entry.manifest.get("plan", {})
 
 
 def _compile_in_memory(plan: MatmulPlan, key: str, began: float) -> Provided:

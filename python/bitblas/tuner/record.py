@@ -8,16 +8,15 @@ import json
 import platform
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import env
-from ..artifacts import artifact_key
+from ..artifacts import ArtifactStore, artifact_key
 from ..artifacts.record import DamagedError
+from ..artifacts.survey import toolchains
 from ..build import COMPILER, is_usable, toolchain
 from ..config import MatmulConfig
 from ..errors import BitBLASError
@@ -117,25 +116,11 @@ def read_record(config: MatmulConfig, target: Target) -> dict[str, Any] | None:
 def find_record(config: MatmulConfig, target: Target) -> Path:
     """The file that `read_record` reads, which need not be there."""
     path = record_path(config, target)
-    if not toolchain()[COMPILER] and not path.exists():
-        path = next((other for other in sorted(path.parent.glob("*.json")) if _is_of(other, config, target)), path)
-    return path
-
-
-def _is_of(path: Path, config: MatmulConfig, target: Target) -> bool:
-    """Whether a file holds the record of a config and a target, by versions that serve here."""
-    with suppress(OSError, ValueError):
-        versions = _versions(path, path.stat().st_mtime_ns)
-        return is_usable(versions) and path.stem == _key(config, target, versions)
-    return False
-
-
-@lru_cache(maxsize=1024)
-def _versions(path: Path, _changed: int) -> dict[str, str]:
-    """The toolchain that wrote a record, read once while the file stays as it is."""
-    found = json.loads(path.read_bytes())
-    versions = found.get("versions") if isinstance(found, dict) else None
-    return {str(name): str(value) for name, value in versions.items()} if isinstance(versions, dict) else {}
+    if toolchain()[COMPILER] or path.exists():
+        return path
+    made = filter(is_usable, toolchains(ArtifactStore(env.CACHE_DIR.get())))
+    others = (path.with_name(f"{_key(config, target, versions)}.json") for versions in made)
+    return next((other for other in others if other.exists()), path)
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

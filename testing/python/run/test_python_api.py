@@ -39,6 +39,8 @@ PUBLIC = {
     "bitblas.cache.load_global_ops_cache": [],
     "bitblas.cache.get_database_path": [],
     "bitblas.cache.set_database_path": [],
+    "bitblas.cache.export_bundle": [],
+    "bitblas.cache.import_bundle": [],
     "bitblas.quantization.general_compress": ["bitblas.quantization.utils"],
     "bitblas.quantization.interleave_weight": ["bitblas.quantization.utils"],
     "bitblas.quantization.gen_quant4": ["bitblas.quantization.utils"],

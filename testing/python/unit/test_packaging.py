@@ -132,11 +132,31 @@ def copy_tree(target: Path) -> Path:
         "README.md",
     ):
         shutil.copy(ROOT / name, target)
-    for name in ("python", "src"):
+    for name in ("python", "src", "integration"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     (target / "src" / "probe" / "deep").mkdir(parents=True)
     (target / "src" / "probe" / "deep" / "probe.h").write_text("/* probe */\n")
     return target
+
+
+def test_both_packages_are_on_the_path_of_an_editable_install(tmp_path):
+    """What `pip install -e .` asks setuptools for: a wheel with names of folders, or with an importer that knows them."""
+    setuptools = pytest.importorskip("setuptools")
+    if Version(setuptools.__version__) < Version("77"):
+        pytest.skip("building the wheel needs setuptools 77")
+    tree = copy_tree(tmp_path / "tree")
+    setup_py(tree, "editable_wheel", "--dist-dir", str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path / "site")
+    script = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+        "from importlib.util import find_spec\n"
+        "print(find_spec('bitblas').origin, find_spec('bitblas_transformers').origin)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    wanted = [tree / "python" / "bitblas", tree / "integration" / "transformers" / "bitblas_transformers"]
+    assert done.stdout.split() == [str(path / "__init__.py") for path in wanted]
 
 
 def setup_py(tree: Path, *command: str) -> None:
@@ -168,7 +188,10 @@ def test_the_wheel_is_pure_and_ships_the_sources(tmp_path, through_sdist):
         (scripts,) = (packed.read(name).decode() for name in names if name.endswith("entry_points.txt"))
     sources = {f"bitblas/src/{path.relative_to(ROOT / 'src')}" for path in (ROOT / "src").rglob("*") if path.is_file()}
     assert names >= sources | {"bitblas/src/probe/deep/probe.h", "bitblas/py.typed", "bitblas/artifacts/store.py"}
-    assert {name.split("/")[0] for name in names} == {"bitblas", f"bitblas-{bitblas.__version__}.dist-info"}
+    adapter = (ROOT / "integration" / "transformers" / "bitblas_transformers").glob("*.py")
+    assert names >= {f"bitblas_transformers/{path.name}" for path in adapter} | {"bitblas_transformers/quantizer.py"}
+    information = f"bitblas-{bitblas.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"bitblas", "bitblas_transformers", information}
     assert "Requires-Dist: apache-tvm-ffi<0.1.15,>=0.1.14.post0" in metadata
     assert "License-Expression: MIT" in metadata
     assert "bitblas = bitblas.cli:main" in scripts

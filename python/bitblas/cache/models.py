@@ -1,0 +1,62 @@
+"""Which operators a model needs: those of its quantized layers, as `bitblas.Linear` makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpoints import open_shards, read_layers, read_weight
+from ..checkpoints.shards import read_json
+from ..config import DEFAULT_BUCKETS, MatmulConfig
+from ..errors import BitBLASError, CheckpointError
+from ..nn.linear import Linear
+
+
+def configs_of_model(
+    folder: str | Path, A_dtype: str | None = None, M: int | Sequence[int] | None = DEFAULT_BUCKETS
+) -> dict[MatmulConfig, list[str]]:
+    """The operators of a model that `bitblas repack` wrote, each with the names of the layers that share it.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The model.
+    A_dtype : str, optional
+        The dtype that the model will run in; None: that of its config.json, or else that of a layer's scales.
+    M : int, sequence of int, or None
+        `opt_M` of the layers.
+
+    Raises
+    ------
+    CheckpointError
+        The folder is none of ours, or damaged; or a layer has no operator.
+    """
+    layers, shards = read_layers(folder), open_shards(Path(folder))
+    described = read_json(Path(folder) / "config.json")
+    said = A_dtype or described.get("dtype") or described.get("torch_dtype")
+    found: dict[MatmulConfig, list[str]] = {}
+    for name, spec in layers.items():
+        weight = read_weight(shards, name, spec)
+        a_dtype = str(said or weight.scales.dtype).removeprefix("torch.")
+        try:
+            layer = Linear(
+                weight.in_features,
+                weight.out_features,
+                weight.bias is not None,
+                A_dtype=a_dtype,
+                W_dtype=weight.W_dtype,
+                accum_dtype="float32",
+                out_dtype=a_dtype,
+                group_size=weight.group_size,
+                with_scaling=True,
+                with_zeros=weight.zeros is not None,
+                zeros_mode=weight.zeros_mode,
+                opt_M=M,
+                device="meta",
+            )
+        except BitBLASError as error:
+            raise CheckpointError(f"{folder}: layer {name} has no operator: {error}") from error
+        found.setdefault(layer.config, []).append(name)
+    if not found:
+        raise CheckpointError(f"{folder} has no quantized layers")
+    return found

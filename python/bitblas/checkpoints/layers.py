@@ -1,0 +1,145 @@
+"""The pieces of a repacked folder: layers from a foreign method, or rounded from dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+
+from ..codecs import QuantizedWeight, format_tensor
+from ..codecs.rounding import quantize
+from ..errors import CheckpointError
+from ..formats import parse_format
+from . import verify
+from .folder import read_weight
+from .foreign import Facts, Method
+from .shards import Shards
+from .spec import PARTS, LayerSpec
+from .writing import ShardWriter, as_bytes
+
+
+@dataclass(frozen=True)
+class ForeignLayer:
+    """A layer that another project quantized."""
+
+    name: str
+    method: Method
+    facts: Facts
+    inputs: tuple[str, ...]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Its tensors."""
+        return tuple(f"{self.name}.{part}" for part in PARTS)
+
+    @property
+    def max_bytes(self) -> int:
+        """Of all its tensors."""
+        return _max_bytes(self.facts, scale_bytes=4)
+
+    def _tensors(self, source: Shards) -> dict[str, torch.Tensor | None]:
+        return {part: source.find(f"{self.name}.{part}") for part in (*self.method.required, *self.method.optional)}
+
+    def write(self, source: Shards, writer: ShardWriter) -> dict[str, Any]:
+        """Convert it."""
+        return add_weight(writer, self.name, self.method.decode(self._tensors(source), self.facts))
+
+    def check(self, source: Shards, made: Shards, note: Any) -> None:
+        """Compare it with what the source's tensors stand for."""
+        tensors = self._tensors(source)
+        weight = read_weight(made, self.name, LayerSpec.from_json(self.name, note))
+        verify.check_weight(self.name, self.method.reference(tensors, self.facts), weight)
+        check_bias(self.name, tensors["bias"], weight.bias)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How dense weights are rounded: see `codecs.quantize`."""
+
+    W_dtype: str
+    group_size: int
+    symmetric: bool | None
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A dense layer that is rounded to the nearest code."""
+
+    name: str
+    rounding: Rounding
+    facts: Facts
+    inputs: tuple[str, ...]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Its tensors."""
+        return tuple(f"{self.name}.{part}" for part in PARTS)
+
+    @property
+    def max_bytes(self) -> int:
+        """Of all its tensors."""
+        return _max_bytes(self.facts, scale_bytes=4)
+
+    def write(self, source: Shards, writer: ShardWriter) -> dict[str, Any]:
+        """Round it."""
+        dense, bias, how = source.get(f"{self.name}.weight"), source.find(f"{self.name}.bias"), self.rounding
+        return add_weight(writer, self.name, quantize(dense, how.W_dtype, how.group_size, how.symmetric, bias=bias))
+
+    def check(self, source: Shards, made: Shards, note: Any) -> None:
+        """Compare each value with that of the source, to the bound of rounding."""
+        weight = read_weight(made, self.name, LayerSpec.from_json(self.name, note))
+        verify.check_rounding(self.name, source.get(f"{self.name}.weight"), weight)
+        check_bias(self.name, source.find(f"{self.name}.bias"), weight.bias)
+
+
+def _max_bytes(facts: Facts, scale_bytes: int) -> int:
+    codes = facts.n * ceil(facts.k * facts.bits / 8)
+    scales = facts.n * facts.groups * scale_bytes
+    zeros = facts.groups * ceil(facts.n * facts.bits / 8)
+    return codes + scales + zeros + 4 * facts.k + 8 * facts.n + 4096
+
+
+def add_weight(writer: ShardWriter, name: str, weight: QuantizedWeight) -> dict[str, Any]:
+    """Write a layer's tensors; return its entry of `config.json`."""
+    spec = LayerSpec.of(weight)
+    tensors: Mapping[str, torch.Tensor | None] = {
+        "qweight": weight.packed,
+        "scales": weight.scales,
+        "zeros": weight.zeros,
+        "perm": weight.perm,
+        "bias": weight.bias,
+        "format": format_tensor(spec.W_dtype, spec.group_size, spec.zeros_mode),
+    }
+    for part in PARTS:
+        tensor = tensors[part]
+        if tensor is not None:
+            writer.add(f"{name}.{part}", tensor)
+    return spec.to_json()
+
+
+def check_bias(name: str, wanted: torch.Tensor | None, found: torch.Tensor | None) -> None:
+    """Compare a bias bit by bit."""
+    if (wanted is None) != (found is None):
+        raise CheckpointError(f"{name}: the bias was {'lost' if found is None else 'made up'}")
+    if wanted is not None and found is not None and not torch.equal(as_bytes(wanted), as_bytes(found)):
+        raise CheckpointError(f"{name}: the bias that was written differs from the source's")
+
+
+def dense_facts(shape: tuple[int, ...], rounding: Rounding) -> Facts:
+    """What a dense weight becomes.
+
+    Raises
+    ------
+    ValueError
+        The group size does not divide K.
+    """
+    n, k = shape
+    group = k if rounding.group_size == -1 else rounding.group_size
+    if k % group:
+        raise ValueError(
+            f"has {k} columns, which groups of {group} do not divide: take another --group-size, or --exclude it"
+        )
+    return Facts(n, k, parse_format(rounding.W_dtype).bits, k // group)

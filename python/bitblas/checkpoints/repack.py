@@ -1,0 +1,157 @@
+"""Folders of Hugging Face models into ours: those that GPTQ, AWQ or llm-compressor quantized, and dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError, CheckpointError
+from ..formats import parse_format
+from .convert import Copy, Piece, Summary, Task, convert
+from .foreign import find_layers, parse_method
+from .journal import check_folders
+from .layers import DenseLayer, ForeignLayer, Rounding, dense_facts
+from .shards import Shards, open_shards, read_json
+from .spec import LayerSpec, make_config
+
+_FLOATS = ("F16", "BF16", "F32")
+#: Modules whose two-dimensional weights are no linear layer's, or one that suffers from rounding: by the last part of their
+#: name, in part.
+_OTHERS = ("embed", "wte", "wpe", "norm", "lm_head", "output_head", "relative_attention_bias", "router", "rotary")
+#: The same, but by the whole of it: gates of experts, the head of some, and T5's embedding.
+_OTHERS_EXACTLY = ("gate", "score", "shared", "ln_f")
+#: Models whose layers hold their weights transposed, as (in, out).
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+def repack(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    W_dtype: str | None = None,
+    group_size: int = 128,
+    symmetric: bool | None = None,
+    exclude: Sequence[str] = (),
+    verify: bool = True,
+) -> Summary:
+    """Make one of our folders of a model.
+
+    Parameters
+    ----------
+    src : str or Path
+        A Hugging Face folder with safetensors files.
+    dst : str or Path
+        Where to write: missing, empty, or left by an unfinished run, which is continued.
+    W_dtype : str, optional
+        For a dense model, the format to round its linear layers to.
+    group_size : int
+        For a dense model: how many consecutive columns share a scale; -1: all.
+    symmetric : bool, optional
+        For a dense model: without zero points; None: as is usual for the format.
+    exclude : sequence of str
+        For a dense model: patterns, as of a shell, for the names of layers that stay dense.
+    verify : bool
+        Whether each layer is read back and compared with its source.
+
+    Returns
+    -------
+    Summary
+
+    Raises
+    ------
+    ArgumentError
+        The arguments do not go together, or with the model.
+    CheckpointError
+        `src` is damaged or of a kind that is not known, `dst` holds something else or cannot be written.
+    """
+    source_path, target = Path(src), Path(dst)
+    check_folders(source_path, target)
+    config = read_json(source_path / "config.json")
+    found = _quantization(source_path, config)
+    if found is not None and (W_dtype is not None or exclude):
+        raise ArgumentError(
+            f"SRC is {src}, which is quantized already: a format and patterns to exclude are for dense models"
+        )
+    if found is None and W_dtype is None:
+        raise ArgumentError(f"SRC is {src}, which is not quantized: name a format to round to (--format uint4)")
+    source = open_shards(source_path)
+    options: dict[str, Any] = {}
+    if found is not None:
+        layers = _foreign_layers(source, found, source_path)
+    else:
+        rounding = Rounding(parse_format(W_dtype).name, group_size, symmetric)
+        if parse_format(W_dtype).is_native:
+            raise ArgumentError(f"W_dtype is {W_dtype!r}, which is not quantized")
+        options = {
+            "W_dtype": rounding.W_dtype,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "exclude": sorted(exclude),
+        }
+        layers = _dense_layers(source, rounding, exclude, config)
+    taken = {name for layer in layers for name in layer.inputs}
+    copies = [Copy(name, info.num_bytes) for name, info in source.infos.items() if name not in taken]
+    dense = [copy.name.removesuffix(".weight") for copy in copies if _is_linear(copy.name, source, keep=("lm_head",))]
+
+    def new_config(notes: Mapping[str, Any]) -> dict[str, Any]:
+        specs = {layer.name: LayerSpec.from_json(layer.name, notes[layer.name]) for layer in layers}
+        return {**config, "quantization_config": make_config(specs, dense)}
+
+    return convert(source, target, Task("repack", options, [*layers, *copies], new_config), verify)
+
+
+def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What says how a model is quantized: in its config, or in a file of its own, as AutoGPTQ and AutoAWQ had it."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    if found is not None:
+        if not isinstance(found, Mapping):
+            raise CheckpointError(f"{folder / 'config.json'}: quantization_config is {found!r}; expected an object")
+        return found
+    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (folder / file).is_file():
+            return {"quant_method": method, **read_json(folder / file)}
+    return None
+
+
+def _foreign_layers(source: Shards, config: Mapping[str, Any], folder: Path) -> list[Piece]:
+    try:
+        method, bits = parse_method(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    parts = (*method.required, *method.optional)
+    return [
+        ForeignLayer(name, method, facts, tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in source))
+        for name, facts in find_layers(source, method, bits).items()
+    ]
+
+
+def _dense_layers(source: Shards, rounding: Rounding, exclude: Sequence[str], config: Mapping[str, Any]) -> list[Piece]:
+    if config.get("model_type") in _TRANSPOSED:
+        raise CheckpointError(
+            f"model_type is {config['model_type']!r}, whose layers hold transposed weights: it cannot be rounded"
+        )
+    layers: list[Piece] = []
+    for tensor, info in source.infos.items():
+        name = tensor.removesuffix(".weight")
+        if not _is_linear(tensor, source) or any(fnmatchcase(name, pattern) for pattern in exclude):
+            continue
+        try:
+            facts = dense_facts(info.shape, rounding)
+        except ValueError as error:
+            raise CheckpointError(f"{source.where(tensor)} {error}") from error
+        inputs = (tensor, f"{name}.bias") if f"{name}.bias" in source else (tensor,)
+        layers.append(DenseLayer(name, rounding, facts, inputs))
+    if not layers:
+        raise CheckpointError(f"{source.folder} has no weight that would be rounded")
+    return layers
+
+
+def _is_linear(tensor: str, source: Shards, keep: Sequence[str] = ()) -> bool:
+    """Whether a tensor is the weight of a linear layer, by what its name and shape tell."""
+    name, _, part = tensor.rpartition(".")
+    info, last = source.infos[tensor], name.rpartition(".")[2].lower()
+    if part != "weight" or len(info.shape) != 2 or info.dtype not in _FLOATS or not all(info.shape):
+        return False
+    return last in keep or (last not in _OTHERS_EXACTLY and not any(other in last for other in _OTHERS))
