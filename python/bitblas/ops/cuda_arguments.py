@@ -59,10 +59,13 @@ class CudaDoor(Door):
         return m, operands, out
 
     def enter_bound(
-        self, A: torch.Tensor, operands: Sequence[torch.Tensor]
-    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor]:
+        self, A: torch.Tensor, operands: Sequence[torch.Tensor], order: torch.Tensor | None
+    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor] | None:
         """See `Door`; all tensors must be on one device."""
-        m, found, out = super().enter_bound(A, operands)
+        entered = super().enter_bound(A, operands, order)
+        if entered is None:
+            return None
+        m, found, out = entered
         checked = list(found)
         self._check_operands(checked)
         return m, checked, out
