@@ -37,7 +37,6 @@ NOT_ON_CARDS = {
     "test_linear.py": "layers follow their tensors, which are on the CPU",
     "test_linear_autograd.py": "layers follow their tensors, which are on the CPU",
     "test_linear_compile.py": "layers follow their tensors, which are on the CPU",
-    "test_linear_state.py": "layers follow their tensors, which are on the CPU",
     "test_quantize_model.py": "layers follow their tensors, which are on the CPU",
     "test_matmul.py::test_targets": "compares CPUs",
     "test_matmul.py::test_bits_do_not_depend_on_run_or_threads": "threads are the CPU's",

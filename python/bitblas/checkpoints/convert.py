@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any, Protocol
@@ -144,12 +144,12 @@ class Summary:
     """
 
     layers: int
-    formats: dict[str, int] = field(default_factory=dict)
-    bytes_in: int = 0
-    bytes_out: int = 0
-    converted_bytes: int = 0
-    seconds: float = 0.0
-    verified: bool = True
+    formats: dict[str, int]
+    bytes_in: int
+    bytes_out: int
+    converted_bytes: int
+    seconds: float
+    verified: bool
 
     @property
     def mb_per_second(self) -> float:

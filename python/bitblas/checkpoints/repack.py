@@ -7,8 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..codecs import quantize
 from ..errors import ArgumentError, CheckpointError
-from ..formats import parse_format
+from ..formats import DataFormat, parse_format
 from .convert import Copy, Piece, Summary, Task, convert
 from .foreign import find_layers, parse_method
 from .journal import check_folders
@@ -81,9 +84,7 @@ def repack(
     if found is not None:
         layers = _foreign_layers(source, found, source_path)
     else:
-        rounding = Rounding(parse_format(W_dtype).name, group_size, symmetric)
-        if parse_format(W_dtype).is_native:
-            raise ArgumentError(f"W_dtype is {W_dtype!r}, which is not quantized")
+        rounding = _rounding(parse_format(W_dtype), group_size, symmetric)
         options = {
             "W_dtype": rounding.W_dtype,
             "group_size": group_size,
@@ -125,6 +126,16 @@ def _foreign_layers(source: Shards, config: Mapping[str, Any], folder: Path) -> 
         ForeignLayer(name, method, facts, tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in source))
         for name, facts in find_layers(source, method, bits).items()
     ]
+
+
+def _rounding(fmt: DataFormat, group_size: int, symmetric: bool | None) -> Rounding:
+    """How to round, checked before anything is written."""
+    if fmt.is_native:
+        raise ArgumentError(f"W_dtype is {fmt.name!r}, which is not quantized")
+    if type(group_size) is not int or (group_size < 1 and group_size != -1):
+        raise ArgumentError(f"group_size is {group_size!r}; allowed: -1 and integers of at least 1")
+    quantize(torch.ones(1, 1), fmt.name, symmetric=symmetric)
+    return Rounding(fmt.name, group_size, symmetric)
 
 
 def _dense_layers(source: Shards, rounding: Rounding, exclude: Sequence[str], config: Mapping[str, Any]) -> list[Piece]:

@@ -171,11 +171,6 @@ class Portable(torch.nn.Module):
         if perm is not None and self.perm is None:
             self._buffers["perm"] = torch.empty_like(perm, device=self.device)
         if isinstance(weight, torch.Tensor) and weight.shape == self._weight.shape:
-            kinds = (weight.is_floating_point(), self._weight.is_floating_point())
-            if weight.dtype not in (self._weight.dtype, torch.uint8) and kinds != (True, True):
-                name = prefix + self._weight_name
-                error_msgs.append(f"{name} is {weight.dtype}; this layer takes {self._weight.dtype}")
-                return
             assigned = local_metadata.get("assign_to_params_buffers", False)
             if assigned and weight.device != self.device:
                 self._choose(self.config, weight.device)

@@ -60,28 +60,37 @@ def quantize_(
         raise ArgumentError(
             "model is a torch.nn.Linear itself; call bitblas.Linear.from_linear, which returns a new layer"
         )
-    chosen = {
-        name: layer
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if type(layer) is torch.nn.Linear and not any(fnmatchcase(name, pattern) for pattern in exclude)
-    }
-    for name, layer in chosen.items():
-        if group_size != -1 and (group_size < 1 or layer.in_features % group_size):
-            raise ArgumentError(
-                f"{name} has {layer.in_features} in_features, which group_size {group_size} does not divide; leave it out by "
-                f"exclude, or choose another"
-            )
-    made: dict[int, Linear] = {}  # a layer that stands in several places stays one
-    with progress("quantizing", len(chosen)) as step:
-        for name, layer in chosen.items():
-            step(name)
-            if id(layer) not in made:
-                made[id(layer)] = _replacement(name, layer, W_dtype, group_size, symmetric, options)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, made[id(layer)])
+    places = _places(model, group_size, exclude)
+    made = []
+    with progress("quantizing", len(places)) as step:
+        while places:
+            names, layer = places.popitem()
+            step(names[0])
+            made.append(_replacement(names[0], layer, W_dtype, group_size, symmetric, options))
+            del layer  # the last but the model's own reference
+            for name in names:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, made[-1])
     if build:
-        build_operators(layer.bitblas_matmul for layer in made.values())
+        build_operators(layer.bitblas_matmul for layer in made)
     return model
+
+
+def _places(model: torch.nn.Module, group_size: int, exclude: Sequence[str]) -> dict[tuple[str, ...], torch.nn.Linear]:
+    """The layers that are to be replaced, from the last to the first, each with all names that it has in the model."""
+    names: dict[torch.nn.Linear, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if type(layer) is torch.nn.Linear and not any(fnmatchcase(name, pattern) for pattern in exclude):
+            names.setdefault(layer, []).append(name)
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise ArgumentError(f"group_size is {group_size!r}; allowed: -1 and integers of at least 1")
+    for layer, found in names.items():
+        if group_size != -1 and layer.in_features % group_size:
+            raise ArgumentError(
+                f"{found[0]} has {layer.in_features} in_features, which group_size {group_size} does not divide; leave it out "
+                f"by exclude, or choose another"
+            )
+    return {tuple(found): layer for layer, found in reversed(names.items())}
 
 
 def _replacement(

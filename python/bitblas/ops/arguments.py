@@ -76,9 +76,19 @@ class Operand:
 
     def convert(self, tensor: torch.Tensor | None) -> torch.Tensor:
         """Return what the kernel can take, or raise ArgumentError."""
+        if tensor is not None:
+            check_tensor(self.name, tensor, self.device)
+        tensor = self.check(tensor).detach().resolve_neg().contiguous()
+        if tensor.dtype is self.dtype:
+            return tensor
+        if self.dtype is torch.int8:  # bytes
+            return tensor.view(torch.int8)
+        return tensor.to(self.dtype)
+
+    def check(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Return a tensor of this shape, (N,) as (N, 1), or raise ArgumentError: what can be said without its data."""
         if tensor is None:
             raise ArgumentError(f"{self.name} is missing; {_REASONS[self.name]}")
-        check_tensor(self.name, tensor, self.device)
         if tensor.dtype not in self.allowed:
             names = ", ".join(dict.fromkeys(str(dtype) for dtype in self.allowed))
             raise ArgumentError(f"{self.name} has dtype {tensor.dtype}; allowed: {names}")
@@ -86,12 +96,7 @@ class Operand:
             tensor = tensor.unsqueeze(1)
         if tensor.shape != self.shape:
             raise ArgumentError(f"{self.name} has shape {tuple(tensor.shape)}; expected {self.shape}")
-        tensor = tensor.detach().resolve_neg().contiguous()
-        if tensor.dtype is self.dtype:
-            return tensor
-        if self.dtype is torch.int8:  # bytes
-            return tensor.view(torch.int8)
-        return tensor.to(self.dtype)
+        return tensor
 
 
 class Door:
@@ -122,10 +127,7 @@ class Door:
         self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
         #: how an A makes an output of its own dtype, where that is the one, takes a fifth less
         self._same_dtype = self._out_dtype is self._kernel_dtype
-        wanted = (
-            _weight_operand(config, weight_shape),
-            *_wanted_operands(config, self.dtype, self._out_dtype),
-        )
+        wanted = operands_of(config, weight_shape)
         self._operands = tuple(replace(operand, device=self.device) for operand in wanted)
 
     def enter(
@@ -273,6 +275,12 @@ class Door:
         if any(_overlap(output, tensor) for tensor in inputs):
             raise ArgumentError("output shares memory with an input; give a tensor of its own, or none")
         return output
+
+
+def operands_of(config: MatmulConfig, weight_shape: tuple[int, ...]) -> tuple[Operand, ...]:
+    """What the kernels of a config take beside A, in their order, on a CPU."""
+    a_dtype, out_dtype = getattr(torch, config.held_dtype), getattr(torch, config.out_dtype)
+    return (_weight_operand(config, weight_shape), *_wanted_operands(config, a_dtype, out_dtype))
 
 
 def _weight_operand(config: MatmulConfig, shape: tuple[int, ...]) -> Operand:

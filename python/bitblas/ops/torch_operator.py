@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -18,6 +19,7 @@ from ..config import MatmulConfig
 from ..errors import ArgumentError
 from ..layout import PackedLayout
 from ..target import Target
+from .arguments import Operand, operands_of
 
 
 class Operator(Protocol):
@@ -100,6 +102,13 @@ def _config_of(spec: str) -> MatmulConfig:
     return MatmulConfig(**json.loads(spec)["config"])
 
 
+@lru_cache(maxsize=4096)
+def _operands_of(spec: str) -> tuple[Operand, ...]:
+    config = _config_of(spec)
+    held = config.K if config.format.is_native else (config.K * config.format.bits + 7) // 8
+    return operands_of(config, (config.N, held))
+
+
 # -- forward -----------------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +131,13 @@ def _matmul_fake(
     bias: torch.Tensor | None,
     operator: str,
 ) -> torch.Tensor:
+    shape = _output_shape(A, operator)
+    _check_operands((W, scale, zeros, bias), operator)
+    return A.new_empty(shape, dtype=getattr(torch, _config_of(operator).out_dtype))
+
+
+def _output_shape(A: torch.Tensor, operator: str) -> tuple[int, ...]:
+    """The shape of an output, after the checks that need no data."""
     config = _config_of(operator)
     shape = A.mT.shape if config.layout.startswith("t") and A.dim() > 1 else A.shape
     k = config.K
@@ -130,7 +146,17 @@ def _matmul_fake(
         raise ArgumentError(f"A has shape {tuple(A.shape)}; K = {k} of its elements are multiplied with a row of W")
     if A.dtype is not getattr(torch, config.held_dtype):
         raise ArgumentError(f"A has dtype {A.dtype}; this operator takes torch.{config.held_dtype}")
-    return A.new_empty((*shape[:-1], config.N), dtype=getattr(torch, config.out_dtype))
+    rows = prod(shape[:-1])
+    if isinstance(config.M, int) and rows != config.M and rows:
+        raise ArgumentError(f"A has shape {tuple(A.shape)}; this operator was built for M = {config.M}")
+    return (*shape[:-1], config.N)
+
+
+def _check_operands(tensors: tuple[torch.Tensor | None, ...], operator: str) -> None:
+    """Look at all operands but A, in the order of the schema."""
+    found = dict(zip(("W", "scale", "zeros", "bias"), tensors, strict=True))
+    for operand in _operands_of(operator):
+        operand.check(found[operand.name])
 
 
 def _matmul_into(
@@ -145,8 +171,22 @@ def _matmul_into(
     find_operator(operator).launch(A, W, (), {"scale": scale, "zeros": zeros, "bias": bias}, output)
 
 
-def _matmul_into_fake(*operands: object) -> None:
+def _matmul_into_fake(
+    A: torch.Tensor,
+    W: torch.Tensor,
+    scale: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    operator: str,
+) -> None:
     """Nothing is made: `output` is there."""
+    shape, dtype = _output_shape(A, operator), getattr(torch, _config_of(operator).out_dtype)
+    _check_operands((W, scale, zeros, bias), operator)
+    if output.dtype is not dtype:
+        raise ArgumentError(f"output has dtype {output.dtype}; this operator gives {dtype}")
+    if output.shape != shape:
+        raise ArgumentError(f"output has shape {tuple(output.shape)}; expected {shape}")
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,348 @@
+"""Layers and operators under torch.compile, torch.export and fake tensors."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bitblas
+import layers
+import reference
+from bitblas import ArgumentError
+from layers import config, layer_and_problem
+from scripts import finish, start
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counter:
+    """A backend of torch.compile that runs the graph as it is, and counts compilations."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, module, inputs):
+        self.graphs.append(module)
+        return module.forward
+
+
+def operators(module):
+    """Names of the operators of ours that a graph calls."""
+    return [str(node.target) for node in module.graph.nodes if "bitblas" in str(node.target)]
+
+
+def block(N=32):
+    return torch.nn.Sequential(layer_and_problem(N=N)[0], torch.nn.GELU(), layer_and_problem(seed=1, N=64, K=N)[0])
+
+
+# -- compile ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_layer(backend):
+    layer, problem = layer_and_problem()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for _ in range(2):
+        reference.assert_close(compiled(problem.A), problem)
+    assert torch.equal(compiled(problem.A), layer(problem.A))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_model(dtype, act_order):
+    model = block()
+    if act_order:
+        model[0].perm = torch.randperm(64, dtype=torch.int32)
+    model.to(getattr(torch, dtype))
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        x = torch.randn(3, 64, dtype=getattr(torch, dtype))
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=5e-2)
+    del model[0].bias
+    model[0].bias = torch.nn.Parameter(torch.ones(32, dtype=getattr(torch, dtype)))
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=5e-2)
+
+
+def test_layers_that_share_an_operator_share_a_graph():
+    counter = Counter()
+    stack = torch.nn.ModuleList([layer_and_problem(seed=i, N=64)[0] for i in range(12)])
+    run = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend=counter, dynamic=False)
+    x = torch.randn(3, 64)
+    for layer in stack:
+        assert torch.equal(run(layer, x), layer(x))
+    assert len(counter.graphs) <= 2
+
+
+def test_any_number_of_rows():
+    layer, problem = layer_and_problem(m=17)
+    counter = Counter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = problem.A.clone()
+    torch._dynamo.mark_dynamic(x, 0)
+    assert torch.equal(compiled(x), layer(problem.A))
+    for m in (2, 3, 5, 17):
+        assert torch.equal(compiled(problem.A[:m]), layer(problem.A[:m]))
+    assert len(counter.graphs) == 1
+    assert operators(counter.graphs[0]) == ["bitblas.matmul"]
+
+
+def test_compiling_again_is_bounded():
+    layer, problem = layer_and_problem(m=17)
+    counter = Counter()
+    compiled = torch.compile(layer, backend=counter)
+    for m in range(1, 17):
+        compiled(problem.A[:m])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            compiled(problem.A[:4])
+    assert len(counter.graphs) <= 4
+
+
+def test_a_replaced_buffer_is_noticed():
+    (layer, problem), (_, second) = layer_and_problem(), layer_and_problem(seed=1)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    before = compiled(problem.A)
+    layers.fill(layer, second)
+    after = compiled(problem.A)
+    assert torch.equal(after, layer(problem.A))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_training(backend):
+    model = block()
+    bias = model[0].bias
+    del model[0].bias
+    model[0].bias = torch.nn.Parameter(bias)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    found = []
+    for run in (model, compiled):
+        x = torch.linspace(-1, 1, 192).view(3, 64).requires_grad_()
+        model.zero_grad()
+        run(x).square().sum().backward()
+        found.append((x.grad, model[0].bias.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-3)
+
+
+def test_rounding_on_the_fly():
+    layer, problem = layer_and_problem(dynamic_quantization="row")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    a = problem.A.clone().requires_grad_()
+    out = compiled(a)
+    assert torch.equal(out, layer(problem.A))
+    out.sum().backward()
+    torch.testing.assert_close(a.grad.double(), problem.dense().sum(0).expand(3, 64), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast():
+    layer, problem = layer_and_problem(A_dtype="bfloat16", out_dtype="bfloat16")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(compiled(problem.A.float()), layer(problem.A))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_an_output_is_filled(backend):
+    layer, problem = layer_and_problem()
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def run(a, out):
+        layer(a, out)
+        return out * 2
+
+    with torch.no_grad():
+        out = torch.full((3, 32), float("nan"))
+        doubled = run(problem.A, out)
+    reference.assert_close(out, problem)
+    assert torch.equal(doubled, 2 * out)
+
+
+@pytest.mark.parametrize("layout", ["nt", "tn", "tt"])
+def test_layouts_of_the_operator(build, layout):
+    cfg = config(layout=layout)
+    op, problem = build(cfg), reference.draw(cfg, 5)
+    W = op.transform_weight(problem.weights if layout[1] == "t" else problem.weights.T)
+    a = (problem.A if layout[0] == "n" else problem.A.T).contiguous()
+    compiled = torch.compile(lambda *operands: op(*operands), fullgraph=True, backend="aot_eager")
+    reference.assert_close(compiled(a, W, problem.scale, problem.zeros, problem.bias), problem)
+    x, y = a.clone().requires_grad_(), a.clone().requires_grad_()
+    above = torch.randn(5, 32)
+    compiled(x, W, problem.scale, problem.zeros, problem.bias).backward(above)
+    op(y, W, problem.scale, problem.zeros, problem.bias).backward(above)
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_int8_and_float8():
+    for fields in ({"A_dtype": "int8", "W_dtype": "int4"}, {"A_dtype": "float8_e4m3", "W_dtype": "float8_e4m3"}):
+        layer, problem = layer_and_problem(with_zeros=False, **fields)
+        reference.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(problem.A), problem)
+
+
+# -- what is wrong ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(torch.zeros(3, 63), "K = 64"), (torch.zeros(3, 64, dtype=torch.float16), "float16"), (torch.zeros(()), "K = 64")],
+    ids=["shape", "dtype", "scalar"],
+)
+def test_wrong_activations(given, message):
+    layer, problem = layer_and_problem()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=message):  # torch wraps what a fake kernel raises
+        compiled(given)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(ArgumentError, match=message):
+        layer(mode.from_tensor(given))
+    reference.assert_close(layer(problem.A), problem)
+
+
+def fake_calls():
+    layer, problem = layer_and_problem()
+    a, w, s, z, b = problem.A, layer.qweight, layer.scales, layer.zeros, layer.bias
+    out = torch.zeros(3, 32)
+    return [
+        ((a, w[:, :31], s, z, b, out), r"W has shape \(32, 31\); expected \(32, 32\)"),
+        ((a, w.float(), s, z, b, out), "W has dtype torch.float32"),
+        ((a, w, s[:, :2], z, b, out), r"scale has shape \(32, 2\)"),
+        ((a, w, s.half(), z, b, out), "scale has dtype torch.float16"),
+        ((a, w, s, z[:2], b, out), r"zeros has shape \(2, 16\)"),
+        ((a, w, s, z, b[:31], out), r"bias has shape \(31,\)"),
+        ((a, w, None, z, b, out), "scale is missing"),
+        ((a, w, s, z, b, out[:, :31]), r"output has shape \(3, 31\); expected \(3, 32\)"),
+        ((a, w, s, z, b, out.half()), "output has dtype torch.float16"),
+        ((a[:, :63], w, s, z, b, out), "K = 64"),
+    ]
+
+
+@pytest.mark.parametrize(("operands", "message"), [pytest.param(*row, id=row[1]) for row in fake_calls()])
+def test_what_fake_kernels_refuse(operands, message):
+    op = layers.build(config()).bitblas_matmul
+    with FakeTensorMode() as mode:
+        fake = [None if t is None else mode.from_tensor(t) for t in operands]
+        with pytest.raises(ArgumentError, match=message):
+            torch.ops.bitblas.matmul_into(*fake, op._spec)
+        if "output" not in message:
+            with pytest.raises(ArgumentError, match=message):
+                torch.ops.bitblas.matmul(*fake[:-1], op._spec)
+
+
+def test_a_number_of_rows_is_known_to_fake_kernels():
+    layer = layers.build(config(M=3))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(torch.zeros(3, 64))).shape == (3, 32)
+        with pytest.raises(ArgumentError, match="M = 3"):
+            layer(mode.from_tensor(torch.zeros(4, 64)))
+
+
+def test_fake_tensors():
+    layer, _ = layer_and_problem()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = layer(mode.from_tensor(torch.zeros(2, 3, 64)))
+    assert out.shape == (2, 3, 32)
+    assert out.dtype is torch.float32
+    with FakeTensorMode():
+        empty = layers.build(config(A_dtype="float16"))
+        assert empty(torch.empty(5, 64, dtype=torch.float16)).shape == (5, 32)
+
+
+# -- torch's own checks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"dynamic_quantization": "row"}, {"with_bias": False, "A_dtype": "bfloat16"}], ids=str
+)
+def test_torchs_checks_of_the_operators(fields):
+    layer, problem = layer_and_problem(**fields)
+    op, a, bias = layer.bitblas_matmul, problem.A, layer.bias
+    weight = (layer.qweight, layer.scales, layer.zeros)
+    bias = bias if bias is None else bias.clone().requires_grad_()
+    out = torch.randn(3, 32).to(getattr(torch, layer.out_dtype))
+    passed = [
+        torch.library.opcheck(torch.ops.bitblas.matmul, (a.clone().requires_grad_(), *weight, bias, op._spec)),
+        torch.library.opcheck(torch.ops.bitblas.matmul, (a, *weight, layer.bias, op._spec)),
+        torch.library.opcheck(torch.ops.bitblas.matmul_into, (a, *weight, layer.bias, out.clone(), op._spec)),
+        torch.library.opcheck(torch.ops.bitblas.matmul_gradient, (out, *weight, op._spec)),
+    ]
+    assert all(set(checks.values()) == {"SUCCESS"} for checks in passed)
+
+
+# -- export ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strict", "bias", "act_order"),
+    [(False, False, False), (False, False, True), (False, True, True), (True, True, True)],
+)
+def test_export(strict, bias, act_order):
+    layer, problem = layer_and_problem(with_bias=bias)
+    if act_order:
+        layer.perm = torch.randperm(64, dtype=torch.int32)
+    program = torch.export.export(layer, (problem.A,), strict=strict)
+    assert torch.equal(program.module()(problem.A), layer(problem.A))
+    assert operators(program.graph_module) == ["bitblas.matmul.default"]
+
+
+def test_export_of_a_model_with_any_number_of_rows():
+    model = block()
+    rows = torch.export.Dim("rows", min=1, max=1024)
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(4, 64),), dynamic_shapes=({0: rows},))
+        for m in (1, 3, 40):
+            x = torch.randn(m, 64)
+            assert torch.equal(program.module()(x), model(x))
+
+
+_SERVE = """
+import json, sys, torch
+import bitblas.ops
+program = torch.export.load({program!r})
+x = torch.load({inputs!r})
+out = program.module()(x)
+print(json.dumps({{"out": out.tolist(), "tvm": "tvm" in sys.modules}}))
+"""
+
+
+@pytest.mark.parametrize("warm", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_an_exported_program_in_another_process(tmp_path, store, warm):
+    model, x = block(N=48 if warm else 80), torch.randn(4, 64)  # no other test has built these
+    expected = model(x) if warm else None  # which fills the store
+    rows = torch.export.Dim("rows", min=1, max=1024)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: rows},)), tmp_path / "model.pt2")
+    torch.save(x[:3], tmp_path / "x.pt")
+    if not warm:
+        assert not list(Path(store).glob("artifacts/*"))
+    script = _SERVE.format(program=str(tmp_path / "model.pt2"), inputs=str(tmp_path / "x.pt"))
+    found, _ = finish(start(script, BITBLAS_CACHE_DIR=store), timeout=400)
+    assert found["tvm"] is not warm
+    expected = model(x) if expected is None else expected
+    assert torch.equal(torch.tensor(found["out"]), model(x[:3]))
+    torch.testing.assert_close(torch.tensor(found["out"]), expected[:3])
+
+
+def test_a_graph_for_another_layout_is_refused():
+    layer, problem = layer_and_problem()
+    spec = json.loads(layer.bitblas_matmul._spec)
+    spec["layout"] = "mma16"
+    with pytest.raises(ArgumentError, match=r"'mma16'.*export the program again"):
+        torch.ops.bitblas.matmul(
+            problem.A, layer.qweight, layer.scales, layer.zeros, layer.bias, json.dumps(spec, sort_keys=True)
+        )
+
+
+def test_a_copy_of_a_compiled_layer():
+    layer, problem = layer_and_problem()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    compiled(problem.A)
+    reference.assert_close(copy.deepcopy(layer)(problem.A), problem)
+    assert isinstance(layer, bitblas.Linear)
