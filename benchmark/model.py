@@ -25,6 +25,7 @@ from .report import goal_table, line, versions
 
 #: What is asked: seconds of starting, times the dense float32 model's speed, bytes beside float16.
 COLD_SECONDS, WARM_SECONDS, DECODE, PREFILL, BYTES = 20.0, 1.0, 3.0, 1.2, 0.3
+_VERSIONS = ("python", "bitblas", "kernels", "torch", "apache-tvm", "apache-tvm-ffi", "transformers", "safetensors")
 #: Tokens of a prompt, of the prompt before decoding, and that are decoded in a turn.
 PROMPT, CONTEXT, DECODED = 128, 16, 16
 
@@ -300,7 +301,8 @@ def fields(found: Findings) -> dict[str, object]:
 def run(options: argparse.Namespace, root: Path) -> Findings:
     """Measure all that is asked."""
     shape = Shape(options.blocks, options.hidden, options.heads, options.intermediate, options.vocab)
-    named = {**versions(), **{name: metadata.version(name) for name in ("transformers", "safetensors")}}
+    named = {name: text for name, text in versions().items() if name in _VERSIONS}
+    named |= {name: metadata.version(name) for name in _VERSIONS if name not in named}
     found = Findings(shape, measure_machine(options.threads), named, time.strftime("%Y-%m-%d", time.gmtime()))
     if options.resume:
         take_over(found, options.out / "model.json")

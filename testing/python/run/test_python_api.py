@@ -32,6 +32,7 @@ PUBLIC = {
     "bitblas.Matmul": ["bitblas.ops", "bitblas.ops.general_matmul"],
     "bitblas.Linear": ["bitblas.module", "bitblas.nn"],
     "bitblas.quantize_": ["bitblas.nn"],
+    "bitblas.load_model": ["bitblas.checkpoints.load"],
     "bitblas.auto_detect_nvidia_target": ["bitblas.utils", "bitblas.utils.target_detector"],
     "bitblas.utils.get_all_nvidia_targets": ["bitblas.utils.target_detector"],
     "bitblas.cache.OperatorCache": [],
