@@ -239,6 +239,14 @@ def test_a_config_of_its_own(tmp_path):
     assert (tmp_path / "dst" / "model.safetensors").exists()
 
 
+def test_a_config_by_its_older_name(tmp_path):
+    tensors, dense = folders.model(folders.compressed_layer)
+    src = folders.write(tmp_path / "src", tensors, config={"compression_config": folders.compressed_config()})
+    repack(src, tmp_path / "dst")
+    assert set(read_layers(tmp_path / "dst")) == set(dense)
+    assert "compression_config" not in config(tmp_path / "dst")
+
+
 def test_bits_that_differ(tmp_path):
     """GPTQModel's "dynamic": layers of other bits, which their tensors tell; without it they are refused."""
     tensors, dense = folders.model(folders.gptq_layer)
