@@ -72,6 +72,7 @@ class Operand:
             and tensor.layout is _STRIDED
             and tensor.is_contiguous()
             and not tensor.is_neg()
+            and tensor.data_ptr() != 0
         )
 
     def convert(self, tensor: torch.Tensor | None) -> torch.Tensor:
@@ -182,6 +183,7 @@ class Door:
             and A.layout is _STRIDED
             and A.is_contiguous()
             and not A.is_neg()
+            and A.data_ptr()
         ):
             return None
         shape = A.shape
@@ -206,6 +208,7 @@ class Door:
             and A.layout is _STRIDED
             and A.is_contiguous()
             and not A.is_neg()
+            and A.data_ptr()
         ):
             shape = A.shape
             if len(shape) == 2:
@@ -346,6 +349,10 @@ def check_dense(name: str, tensor: object) -> None:
         raise ArgumentError(f"{name} is a FakeTensor; it must have data")
     if tensor.is_meta:
         raise ArgumentError(f"{name} is on device meta; it must have data")
+    if tensor.numel() and tensor._is_zerotensor():
+        raise ArgumentError(f"{name} is a zero tensor without memory; clone() gives it some")
+    if tensor.numel() and not tensor.untyped_storage().data_ptr():
+        raise ArgumentError(f"{name} has no memory: its storage was freed")
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:

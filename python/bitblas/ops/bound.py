@@ -23,28 +23,41 @@ class BoundMatmul:
         The operator's.
     kernels : callable
         Gives the operator's kernels, which may change by tuning.
-    tensors : tuple of torch.Tensor
-        All operands but A, in the kernel's order, as the kernel takes them. They must stay in their memory.
     places : sequence of (mapping, str)
-        Where the tensors, in their order, are found, by which names.
+        Where all operands but A are found, in the kernel's order, as the kernel takes them, and where one must be None that the
+        operator does not want.
     order : torch.Tensor, optional
         The order in which the columns of A are multiplied.
     order_place : (mapping, str)
         Where that is found; None counts, too.
     """
 
-    __slots__ = ("_door", "_floats", "_kernels", "_order", "_order_home", "_order_name", "_places", "_tensors")
+    __slots__ = (
+        "_absent",
+        "_door",
+        "_floats",
+        "_kernels",
+        "_order",
+        "_order_home",
+        "_order_name",
+        "_places",
+        "_tensors",
+    )
 
     def __init__(
         self,
         door: Door,
         kernels: Callable[[], Kernels],
-        tensors: tuple[torch.Tensor, ...],
         places: Sequence[Place],
         order_place: Place,
     ) -> None:
-        self._door, self._kernels, self._tensors = door, kernels, tensors
-        self._places = [(home, name, t, t.data_ptr()) for (home, name), t in zip(places, tensors, strict=True)]
+        self._door, self._kernels = door, kernels
+        found = [(home, name, home.get(name)) for home, name in places]
+        self._places = [(home, name, t, t.data_ptr()) for home, name, t in found if t is not None]
+        self._absent = [(home, name) for home, name, t in found if t is None]
+        tensors = [tensor for _, _, tensor, _ in self._places]
+        # of their own: a tensor may be given another shape, or dtype, in place
+        self._tensors = tuple(tensor.detach() for tensor in tensors)
         self._order_home, self._order_name = order_place
         self._order = self._order_home.get(self._order_name)
         self._floats = tuple(t for t in tensors if t.is_floating_point())
@@ -53,6 +66,9 @@ class BoundMatmul:
         """Whether the tensors are still found in their places, and those in the same memory."""
         for home, name, tensor, address in self._places:
             if home.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+        for home, name in self._absent:
+            if home.get(name) is not None:
                 return False
         return self._order_home.get(self._order_name) is self._order
 
