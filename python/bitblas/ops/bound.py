@@ -74,18 +74,16 @@ class BoundMatmul:
 
     def __call__(self, A: torch.Tensor) -> torch.Tensor | None:
         """See `Matmul.forward`; None where A, or a gradient, needs a closer look. Nothing is computed then."""
+        entered = self._door.enter_bound(A, self._tensors, self._order)
+        if entered is None or forward_ad._current_level >= 0:
+            return None
+        m, operands, out, shape = entered
         if torch.is_grad_enabled():
-            if not isinstance(A, torch.Tensor) or A.requires_grad:
+            if A.requires_grad:
                 return None
             for tensor in self._floats:
                 if tensor.requires_grad:
                     return None
-        if forward_ad._current_level >= 0:
-            return None
-        entered = self._door.enter_bound(A, self._tensors, self._order)
-        if entered is None:
-            return None
-        m, operands, out = entered
         if m:
-            self._kernels().launch(m, operands, out if out.dim() == 2 else out.view(m, -1))
-        return out
+            self._kernels().launch(m, operands, out)
+        return out if shape is None else out.view(shape)
