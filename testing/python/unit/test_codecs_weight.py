@@ -54,7 +54,7 @@ def cases():
 @pytest.mark.parametrize("rows", [4, 512])
 @pytest.mark.parametrize(("name", "mode"), list(cases()))
 def test_values(name, mode, rows, monkeypatch):
-    monkeypatch.setattr(weight_module, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(weight_module, "BLOCK_ROWS", rows)
     weight, expected, largest = draw(name, mode)
     found = weight.dequantize()
     assert (found.dtype, tuple(found.shape)) == (torch.float32, (N, K))
