@@ -19,6 +19,8 @@ from .layers import DenseLayer, ForeignLayer, Rounding, dense_facts
 from .shards import Shards, open_shards, read_json
 from .spec import LayerSpec, make_config
 
+#: Where a config says how a model is quantized; the second one in folders of older versions of llm-compressor.
+_QUANTIZATION = ("quantization_config", "compression_config")
 _FLOATS = ("F16", "BF16", "F32")
 #: Modules whose two-dimensional weights are no linear layer's, or one that suffers from rounding: by the last part of their
 #: name, in part.
@@ -98,14 +100,15 @@ def repack(
 
     def new_config(notes: Mapping[str, Any]) -> dict[str, Any]:
         specs = {layer.name: LayerSpec.from_json(layer.name, notes[layer.name]) for layer in layers}
-        return {**config, "quantization_config": make_config(specs, dense)}
+        kept = {key: value for key, value in config.items() if key not in _QUANTIZATION}
+        return {**kept, "quantization_config": make_config(specs, dense)}
 
     return convert(source, target, Task("repack", options, [*layers, *copies], new_config), verify)
 
 
 def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What says how a model is quantized: in its config, or in a file of its own, as AutoGPTQ and AutoAWQ had it."""
-    found = config.get("quantization_config") or config.get("compression_config")
+    found = next((config[key] for key in _QUANTIZATION if config.get(key)), None)
     if found is not None:
         if not isinstance(found, Mapping):
             raise CheckpointError(f"{folder / 'config.json'}: quantization_config is {found!r}; expected an object")

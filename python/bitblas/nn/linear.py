@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from ..codecs import QuantizedWeight
 from ..codecs.gptq import from_gptq_module
@@ -14,11 +13,13 @@ from ..codecs.rounding import quantize
 from ..config import DEFAULT_BUCKETS, MatmulConfig, check_buckets, check_flag, check_size
 from ..errors import ArgumentError
 from ..ops import Matmul
-from ..ops.arguments import PLAIN
 from ..ops.bound import BoundMatmul
 from .portable import Portable
+from .stand_in import WeightStandIn
 from .state import FLOATS, describe, fit_tensor, packed_layout, relay
 
+#: Devices that autocast knows, of those that there are kernels for.
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 #: What a call hands to the operator, beside the activations and the weight.
 _EXTRAS = ("scales", "zeros", "bias")
 
@@ -145,6 +146,14 @@ class Linear(Portable):
             self.register_buffer("format", self._expected_format().to(device))
         self._order_buffers()
 
+    def __getattr__(self, name: str) -> Any:
+        """Of a quantized layer `weight` says the dtype, the device and the shape that models ask a layer for."""
+        if name == "weight" and "_operator" in self.__dict__ and self._weight_name == "qweight":
+            config = self.config
+            dtype = getattr(torch, config.A_dtype if config.A_dtype in FLOATS else config.held_dtype)
+            return WeightStandIn.of((config.N, config.K), dtype, self.device)
+        return super().__getattr__(name)
+
     # -- what it is ------------------------------------------------------------------------------------------------------
 
     @property
@@ -209,24 +218,16 @@ class Linear(Portable):
             bound = self._bound
             if bound is None or not bound.holds():
                 bound = self._bind()
-            if (
-                bound is not None
-                and type(A) in PLAIN
-                and A.dtype is bound.dtype  # or autocast may have to convert it
-                and not (torch.is_grad_enabled() and (A.requires_grad or any(t.requires_grad for t in bound.tensors)))
-                and forward_ad._current_level < 0
-            ):
-                perm = self._tensor("perm")
-                return bound(A if perm is None else self._order(A, perm))
+            out = None if bound is None else bound(A)
+            if out is not None:
+                return out
         return self._forward(A, output)
 
     def _bind(self) -> BoundMatmul | None:
         """Check the buffers once, for the calls that follow; None where some have to be converted at each call."""
-        names = [self._weight_name, *(name for name in _EXTRAS if self._tensor(name) is not None)]
-        tensors = [self._tensor(name) for name in names]
-        homes = [self._buffers if name in self._buffers else self._parameters for name in names]
-        bound = self._operator.bind(*tensors)  # type: ignore[arg-type]
-        self._bound = bound and bound.at(list(zip(homes, names, strict=True)))
+        names = (self._weight_name, *_EXTRAS, "perm")
+        *places, order = ((self._buffers if name in self._buffers else self._parameters, name) for name in names)
+        self._bound = self._operator.bind(places, order)
         return self._bound
 
     def _order(self, A: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
@@ -240,7 +241,13 @@ class Linear(Portable):
         a_dtype = self.config.A_dtype
         if not isinstance(A, torch.Tensor):
             raise ArgumentError(f"A is a {type(A).__name__}; it must be a torch.Tensor")
-        if a_dtype in FLOATS and A.is_floating_point() and torch.is_autocast_enabled(A.device.type):
+        kind = A.device.type
+        if (
+            a_dtype in FLOATS
+            and kind in _AUTOCAST_DEVICES
+            and A.is_floating_point()
+            and torch.is_autocast_enabled(kind)
+        ):
             A = A.to(getattr(torch, a_dtype))
         if torch.is_grad_enabled():
             for name in (self._weight_name, "scales", "zeros"):
@@ -294,8 +301,8 @@ class Linear(Portable):
         given = {"scales": scales, "zeros": zeros, "bias": bias}
         ready = {name: fit_tensor(name, t, self._tensor(name), device) for name, t in given.items() if t is not None}
         ready[self._weight_name] = self._operator.transform_weight(weight).to(device)
-        if "format" in self._buffers:
-            ready["format"] = self._expected_format().to(device)
+        if self._weight.is_meta:
+            self._make_buffers(device, self.perm is not None)
         for name, tensor in ready.items():
             self._put(name, tensor)
 

@@ -72,6 +72,7 @@ class Operand:
             and tensor.layout is _STRIDED
             and tensor.is_contiguous()
             and not tensor.is_neg()
+            and tensor.data_ptr() != 0
         )
 
     def convert(self, tensor: torch.Tensor | None) -> torch.Tensor:
@@ -119,11 +120,10 @@ class Door:
         self._static_m = config.M if isinstance(config.M, int) else None
         self._int4 = config.A_dtype == "int4"
         self._columns = config.layout.startswith("t")
-        #: what A must have
-        self.dtype: torch.dtype = getattr(torch, config.held_dtype)
+        self._a_dtype: torch.dtype = getattr(torch, config.held_dtype)
         #: the dtype in which the kernel takes A, where it may take an A as it is
         self._kernel_dtype: torch.dtype = getattr(torch, config.activation_dtype)
-        self._usual = None if self._columns or self._kernel_dtype is not self.dtype else self.dtype
+        self._usual = None if self._columns or self._kernel_dtype is not self._a_dtype else self._a_dtype
         self._out_dtype: torch.dtype = getattr(torch, config.out_dtype)
         #: how an A makes an output of its own dtype, where that is the one, takes a fifth less
         self._same_dtype = self._out_dtype is self._kernel_dtype
@@ -170,15 +170,34 @@ class Door:
         )
 
     def enter_bound(
-        self, A: torch.Tensor, operands: Sequence[torch.Tensor]
-    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor]:
-        """`enter` with operands that `is_ready` has found so."""
-        a, m, shape = self._activation(A)
-        return (
-            m,
-            (a, *operands),
-            a.new_empty(*shape) if self._same_dtype else a.new_empty(*shape, dtype=self._out_dtype),
-        )
+        self, A: torch.Tensor, operands: Sequence[torch.Tensor], order: torch.Tensor | None
+    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor, tuple[int, ...] | None] | None:
+        """`enter` with operands that `is_ready` has found so, in as few steps as can be; None where A needs a closer look.
+
+        `order` is an index of A's columns, or None. The output is (m, N), and after it comes its final shape, None for that.
+        """
+        if not (
+            type(A) in PLAIN
+            and A.dtype is self._usual
+            and A.is_cpu is self._on_cpu
+            and A.layout is _STRIDED
+            and A.is_contiguous()
+            and not A.is_neg()
+            and A.data_ptr()
+        ):
+            return None
+        size, shape = A.shape, None
+        if len(size) != 2:
+            if not size or size[-1] != self._k:
+                return None
+            shape, A = (*size[:-1], self._n), A.view(-1, self._k)
+            size = A.shape
+        m, k = size
+        if k != self._k or (self._static_m is not None and self._static_m != m):
+            return None
+        a = A if order is None else A.index_select(-1, order)
+        out = a.new_empty(m, self._n) if self._same_dtype else a.new_empty(m, self._n, dtype=self._out_dtype)
+        return m, (a, *operands), out, shape
 
     def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
         """A as a contiguous (m, K), m, and the output's shape."""
@@ -189,6 +208,7 @@ class Door:
             and A.layout is _STRIDED
             and A.is_contiguous()
             and not A.is_neg()
+            and A.data_ptr()
         ):
             shape = A.shape
             if len(shape) == 2:
@@ -203,8 +223,8 @@ class Door:
 
     def _activation_slowly(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
         check_tensor("A", A, self.device)
-        if A.dtype is not self.dtype:
-            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self.dtype}")
+        if A.dtype is not self._a_dtype:
+            raise ArgumentError(f"A has dtype {A.dtype}; this operator takes {self._a_dtype}")
         given, A = tuple(A.shape), A.detach().resolve_neg()
         if self._columns and A.dim() > 1:
             A = A.mT
@@ -329,6 +349,10 @@ def check_dense(name: str, tensor: object) -> None:
         raise ArgumentError(f"{name} is a FakeTensor; it must have data")
     if tensor.is_meta:
         raise ArgumentError(f"{name} is on device meta; it must have data")
+    if tensor.numel() and tensor._is_zerotensor():
+        raise ArgumentError(f"{name} is a zero tensor without memory; clone() gives it some")
+    if tensor.numel() and not tensor.untyped_storage().data_ptr():
+        raise ArgumentError(f"{name} has no memory: its storage was freed")
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from ..runtime import Kernels
 from .arguments import Door
+
+#: A mapping, such as a module's buffers, and a name in it.
+Place = tuple[Mapping[str, torch.Tensor | None], str]
 
 
 class BoundMatmul:
@@ -19,37 +23,67 @@ class BoundMatmul:
         The operator's.
     kernels : callable
         Gives the operator's kernels, which may change by tuning.
-    tensors : tuple of torch.Tensor
-        All operands but A, in the kernel's order, as the kernel takes them. They must stay in their memory.
-
-    Attributes
-    ----------
-    dtype : torch.dtype
-        What A must have.
+    places : sequence of (mapping, str)
+        Where all operands but A are found, in the kernel's order, as the kernel takes them, and where one must be None that the
+        operator does not want.
+    order : torch.Tensor, optional
+        The order in which the columns of A are multiplied.
+    order_place : (mapping, str)
+        Where that is found; None counts, too.
     """
 
-    __slots__ = ("_door", "_kernels", "_places", "dtype", "tensors")
+    __slots__ = (
+        "_absent",
+        "_door",
+        "_floats",
+        "_kernels",
+        "_order",
+        "_order_home",
+        "_order_name",
+        "_places",
+        "_tensors",
+    )
 
-    def __init__(self, door: Door, kernels: Callable[[], Kernels], tensors: tuple[torch.Tensor, ...]) -> None:
-        self._door, self._kernels, self.tensors = door, kernels, tensors
-        self.dtype = door.dtype
-        self._places: list[tuple[Mapping[str, object], str, torch.Tensor, int]] = []
-
-    def at(self, places: Sequence[tuple[Mapping[str, object], str]]) -> BoundMatmul:
-        """Remember that the tensors, in their order, are found in mappings by names."""
-        self._places = [(home, name, t, t.data_ptr()) for (home, name), t in zip(places, self.tensors, strict=True)]
-        return self
+    def __init__(
+        self,
+        door: Door,
+        kernels: Callable[[], Kernels],
+        places: Sequence[Place],
+        order_place: Place,
+    ) -> None:
+        self._door, self._kernels = door, kernels
+        found = [(home, name, home.get(name)) for home, name in places]
+        self._places = [(home, name, t, t.data_ptr()) for home, name, t in found if t is not None]
+        self._absent = [(home, name) for home, name, t in found if t is None]
+        tensors = [tensor for _, _, tensor, _ in self._places]
+        # of their own: a tensor may be given another shape, or dtype, in place
+        self._tensors = tuple(tensor.detach() for tensor in tensors)
+        self._order_home, self._order_name = order_place
+        self._order = self._order_home.get(self._order_name)
+        self._floats = tuple(t for t in tensors if t.is_floating_point())
 
     def holds(self) -> bool:
-        """Whether the tensors are still found there, and in the same memory."""
+        """Whether the tensors are still found in their places, and those in the same memory."""
         for home, name, tensor, address in self._places:
             if home.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
-        return True
+        for home, name in self._absent:
+            if home.get(name) is not None:
+                return False
+        return self._order_home.get(self._order_name) is self._order
 
-    def __call__(self, A: torch.Tensor) -> torch.Tensor:
-        """See `Matmul.forward`."""
-        m, operands, out = self._door.enter_bound(A, self.tensors)
+    def __call__(self, A: torch.Tensor) -> torch.Tensor | None:
+        """See `Matmul.forward`; None where A, or a gradient, needs a closer look. Nothing is computed then."""
+        entered = self._door.enter_bound(A, self._tensors, self._order)
+        if entered is None or forward_ad._current_level >= 0:
+            return None
+        m, operands, out, shape = entered
+        if torch.is_grad_enabled():
+            if A.requires_grad:
+                return None
+            for tensor in self._floats:
+                if tensor.requires_grad:
+                    return None
         if m:
-            self._kernels().launch(m, operands, out if out.dim() == 2 else out.view(m, -1))
-        return out
+            self._kernels().launch(m, operands, out)
+        return out if shape is None else out.view(shape)

@@ -23,7 +23,7 @@ from ..tuner import SECONDS
 from ..tuner.record import choices, read_record
 from . import provider
 from .arguments import PLAIN, Door
-from .bound import BoundMatmul
+from .bound import BoundMatmul, Place
 from .cuda_arguments import CudaDoor
 from .facts import WithFacts
 from .provider import Provided, load, provide, store
@@ -222,16 +222,18 @@ class Matmul(WithWeights, WithFacts):
             self._ready().launch(m, operands, out if out.dim() == 2 else out.view(m, self.config.N))
         return out
 
-    def bind(self, W: torch.Tensor, *extras: torch.Tensor | None) -> BoundMatmul | None:
+    def bind(self, places: Sequence[Place], order_place: Place) -> BoundMatmul | None:
         """The operator with all operands but A checked once; None where one of them has to be converted at each call.
 
         Parameters
         ----------
-        W, *extras : torch.Tensor
-            As of `forward`, where None stands for what the operator does not want.
+        places : sequence of (mapping, str)
+            Where W, scale, zeros and bias are found, in that order; None for those that are not wanted.
+        order_place : (mapping, str)
+            Where an index of A's columns is found, or None.
         """
-        wanted = [extra for extra in extras if extra is not None]
-        return BoundMatmul(self._door, self._ready, (W, *wanted)) if self._door.is_ready((W, *wanted)) else None
+        found = [tensor for home, name in places if (tensor := home.get(name)) is not None]
+        return BoundMatmul(self._door, self._ready, places, order_place) if self._door.is_ready(found) else None
 
     def _ready(self) -> Kernels:
         return self._kernels or self._provide()

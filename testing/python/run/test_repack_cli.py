@@ -183,6 +183,28 @@ def test_killed_between_the_config_and_the_end(tmp_path):
     assert folders.tree(tmp_path / "dst") == folders.tree(tmp_path / "whole")
 
 
+#: Files may have no more bytes than are given.
+LIMITED = """
+import resource, sys
+from bitblas import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_a_file_that_cannot_grow(tmp_path):
+    """The system refuses a write in the middle of a file: it is removed, and a later run goes on."""
+    src, dst = source(tmp_path / "src"), tmp_path / "dst"
+    done = python(LIMITED, 10000, "repack", src, dst)
+    assert done.returncode == 2
+    assert done.stderr.startswith("bitblas: error: ")
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert not dst.exists()
+    assert command("repack", src, dst).returncode == 0
+    assert len(read_layers(dst)) == 10
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------------
 
 #: Imports what a run imports, then tells how much its peak of memory grew in the run, beside that before.

@@ -214,8 +214,9 @@ def test_a_disk_that_is_full_leaves_what_was_there(store, tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(bundle_module, "_add", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         export_store(tmp_path / "a.tar")
+    assert caught.value.filename == str(tmp_path / "a.tar")
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.tar"]
     assert (tmp_path / "a.tar").read_bytes() == b"the last one"
 
@@ -531,7 +532,7 @@ def test_processes_that_import_the_same_bundle(bundle, elsewhere):
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    found = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    found = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
     assert sum(added for added, _ in found) == 2
     assert all(added + kept == 2 for added, kept in found)
     assert len(ArtifactStore(elsewhere).entries()) == 2
