@@ -1,4 +1,4 @@
-"""examples/quickstart.py: right in a cold store, and loaded in a warm one."""
+"""The examples: right in a cold store, and loaded in a warm one."""
 
 import os
 import subprocess
@@ -10,16 +10,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
+def run(name, folder):
+    """What an example prints, with a store in `folder`."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "BITBLAS_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_the_quick_start(tmp_path):
-    variables = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "BITBLAS_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
     for origin in ("compiled", "loaded"):
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=variables, cwd=tmp_path, timeout=300
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stderr == ""
-        assert done.stdout.count(f"kernels    {origin}") == 2
-        assert done.stdout.count(": right") == 2
-        assert done.stdout.count("times as fast") == 2
+        printed = run("quickstart.py", tmp_path)
+        assert printed.count(f"kernels    {origin}") == 2
+        assert printed.count(": right") == 2
+        assert printed.count("times as fast") == 2
+
+
+@pytest.mark.slow
+def test_a_model(tmp_path):
+    printed = run("model.py", tmp_path)
+    assert "33.6 MB -> 4.5 MB" in printed
+    assert "the same outputs" in printed
+    assert "20 steps of an adapter" in printed
