@@ -41,9 +41,8 @@ def main() -> int:
 
     began = time.perf_counter()
     bitblas.quantize_(model, W_dtype="uint4", group_size=128)
-    print(
-        f"quantized, and kernels ready, in {time.perf_counter() - began:.2f} s: {dense / 1e6:.1f} MB -> {num_bytes(model) / 1e6:.1f} MB"
-    )
+    seconds, small = time.perf_counter() - began, num_bytes(model)
+    print(f"quantized, and kernels ready, in {seconds:.2f} s: {dense / 1e6:.1f} MB -> {small / 1e6:.1f} MB")
     with torch.no_grad():
         error = float((model(x) - before).norm() / before.norm())
     print(f"outputs differ by {error:.1%} of their size, as four bits do")
