@@ -143,7 +143,11 @@ class Linear(Portable):
             self._set_perm(torch.arange(config.K, dtype=torch.int32, device=device))
         if self._weight_name == "qweight":
             self.register_buffer("format", self._expected_format().to(device))
-        self._order_buffers()
+        # those that are None last, perm, which may come later, before the others: `torch.export` counts them, and else takes
+        # another input of its graph for a buffer
+        missing = [name for name, tensor in self._buffers.items() if tensor is None]
+        for name in sorted(missing, key=lambda name: name != "perm"):
+            self._buffers[name] = self._buffers.pop(name)
 
     # -- what it is ------------------------------------------------------------------------------------------------------
 

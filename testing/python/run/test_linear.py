@@ -266,6 +266,19 @@ def test_a_wrong_buffer_is_named(usual):
         ran(layer, problem)
 
 
+def test_other_data_of_a_buffer_is_looked_at():
+    layer, problem = layer_and_problem()
+    ran(layer, problem)
+    layer.scales.data = layer.scales.data.half()
+    with pytest.raises(ArgumentError, match=r"scale has dtype torch\.float16"):
+        ran(layer, problem)
+    layer.scales.data = problem.scale[:, :2].clone()
+    with pytest.raises(ArgumentError, match=r"scale has shape \(32, 2\)"):
+        ran(layer, problem)
+    layer.scales.data = problem.scale
+    reference.assert_close(ran(layer, problem), problem)
+
+
 class Counted(bitblas.Linear):
     """A layer with a parameter and a number of its own."""
 
