@@ -25,6 +25,7 @@ from .report import goal_table, line, versions
 
 #: What is asked: seconds of starting, times the dense float32 model's speed, bytes beside float16.
 COLD_SECONDS, WARM_SECONDS, DECODE, PREFILL, BYTES = 20.0, 1.0, 3.0, 1.2, 0.3
+_VERSIONS = ("python", "bitblas", "kernels", "torch", "apache-tvm", "apache-tvm-ffi", "transformers", "safetensors")
 #: Tokens of a prompt, of the prompt before decoding, and that are decoded in a turn.
 PROMPT, CONTEXT, DECODED = 128, 16, 16
 
@@ -96,7 +97,7 @@ class Findings:
 
 
 def make_folders(shape: Shape, root: Path) -> None:
-    """Write a random model that is rounded while it is loaded, "bitblas", and a dense one of the same weights, "dense"."""
+    """Write a random model, rounded, "bitblas"; a dense one of the same weights, "dense"; and logits in float64, "exact.pt"."""
     import transformers
 
     from bitblas_transformers import BitBLASConfig
@@ -111,6 +112,16 @@ def make_folders(shape: Shape, root: Path) -> None:
     for name, layer in quantized_layers(model).items():
         dense.get_submodule(name).weight.data = layer.to_quantized().dequantize()
     dense.save_pretrained(root / "dense")
+    prompt = torch.randint(shape.vocab_size, (1, PROMPT))
+    with torch.inference_mode():
+        exact = dense.double()(prompt).logits
+    torch.save({"shape": asdict(shape), "prompt": prompt, "logits": exact}, root / "exact.pt")
+
+
+def has_folders(shape: Shape, root: Path) -> bool:
+    """Whether the folders of a shape are there already."""
+    path = root / "exact.pt"
+    return path.exists() and torch.load(path)["shape"] == asdict(shape)
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -209,15 +220,6 @@ def errors(models: dict[str, torch.nn.Module], exact: torch.Tensor, prompt: torc
     return {name: float((model(prompt).logits.double() - exact).abs().max() / most) for name, model in models.items()}
 
 
-def exact_logits(root: Path, prompt: torch.Tensor) -> torch.Tensor:
-    """Those of the dense model, (1, tokens, vocabulary), computed in float64."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(root / "dense", dtype=torch.float64)
-    with torch.inference_mode():
-        return model(prompt).logits
-
-
 # -- results ---------------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +230,11 @@ def judge(found: Findings) -> list[Goal]:
         cold, warm = found.starts["bitblas, cold"]["in all"], found.starts["bitblas, warm"]
         beyond = warm["import bitblas"] + warm["load"] + warm["first token"] - warm["reading the weights"]
         goals.append(_goal("cold start, without tuning", COLD_SECONDS, cold, "s"))
-        goals.append(_goal("warm start, beyond reading the weights and importing torch", WARM_SECONDS, beyond, "s"))
+        goals.append(
+            _goal(
+                "warm start, beyond reading the weights and importing torch and transformers", WARM_SECONDS, beyond, "s"
+            )
+        )
     if found.speeds:
         for what, limit in (("decode", DECODE), ("prefill", PREFILL)):
             times = found.faster("bitblas float32", what)
@@ -294,25 +300,35 @@ def fields(found: Findings) -> dict[str, object]:
 
 def run(options: argparse.Namespace, root: Path) -> Findings:
     """Measure all that is asked."""
-    shape = Shape(
-        blocks=options.blocks, hidden=options.hidden, intermediate=options.intermediate, vocab_size=options.vocab
-    )
-    named = {**versions(), **{name: metadata.version(name) for name in ("transformers", "safetensors")}}
+    shape = Shape(options.blocks, options.hidden, options.heads, options.intermediate, options.vocab)
+    named = {name: text for name, text in versions().items() if name in _VERSIONS}
+    named |= {name: metadata.version(name) for name in _VERSIONS if name not in named}
     found = Findings(shape, measure_machine(options.threads), named, time.strftime("%Y-%m-%d", time.gmtime()))
-    make_folders(shape, root)
+    if options.resume:
+        take_over(found, options.out / "model.json")
+    if not has_folders(shape, root):
+        make_folders(shape, root)
     if options.starts:
         found.starts = starts(root, options.starts, options.threads)
-    prompt = torch.randint(shape.vocab_size, (1, PROMPT))
-    exact = exact_logits(root, prompt)
-    models = {name: load(name, root) for name in options.models.split(",")}
-    ours = next(quantized_layers(model) for name, model in models.items() if name.startswith("bitblas"))
-    found.ratio = sum(bytes_of(layer) for layer in ours.values()) / sum(
-        2 * layer.in_features * layer.out_features for layer in ours.values()
-    )
-    found.errors = errors(models, exact, prompt)
     if options.rounds:
-        found.speeds = speeds(models, prompt, options.rounds)
+        known = torch.load(root / "exact.pt")
+        models = {name: load(name, root) for name in options.models.split(",")}
+        found.errors = errors(models, known["logits"], known["prompt"])
+        found.speeds = speeds(models, known["prompt"], options.rounds)
+        ours = next(quantized_layers(model) for name, model in models.items() if name.startswith("bitblas"))
+        dense = sum(2 * layer.in_features * layer.out_features for layer in ours.values())
+        found.ratio = sum(bytes_of(layer) for layer in ours.values()) / dense
     return found
+
+
+def take_over(found: Findings, path: Path) -> None:
+    """What an earlier run has measured, with the same of everything."""
+    if not path.exists():
+        return
+    earlier = json.loads(path.read_text())
+    if earlier["versions"] == found.versions and earlier["shape"] == asdict(found.shape):
+        for name in ("starts", "speeds", "errors", "ratio"):
+            setattr(found, name, earlier[name])
 
 
 def bytes_of(layer: torch.nn.Module) -> int:
@@ -333,9 +349,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--blocks", type=int, default=Shape.blocks)
     parser.add_argument("--hidden", type=int, default=Shape.hidden)
+    parser.add_argument("--heads", type=int, default=Shape.heads)
     parser.add_argument("--intermediate", type=int, default=Shape.intermediate)
     parser.add_argument("--vocab", type=int, default=Shape.vocab_size)
-    parser.add_argument("--folder", type=Path, help="where the models are written, and stay (a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where models are, or are made and stay (a temporary folder)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what an earlier run has measured, and this does not"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="where model.json and model.md go (results)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

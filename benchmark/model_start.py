@@ -24,16 +24,17 @@ def main(folder: Path, dtype: str, began: float) -> dict[str, float]:
     import torch
     import transformers
 
-    auto = transformers.AutoModelForCausalLM
+    config = json.loads((folder / "config.json").read_text())
+    kind = getattr(transformers, config["architectures"][0])  # which imports what every model needs, half of it torch's
     transformers.utils.logging.disable_progress_bar()
     lap("torch and transformers")
     import bitblas
 
     lap("import bitblas")
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+    if "quantization_config" in config:
         model = bitblas.load_model(folder, dtype=getattr(torch, dtype), device="cpu")
     else:
-        model = auto.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
     lap("load")
     with torch.inference_mode():
         model(torch.arange(16)[None], logits_to_keep=1).logits.argmax()

@@ -1,7 +1,8 @@
 """How fast folders are repacked: a synthetic GPTQ model of about 1 GB, one thread, with and without verification.
 
-Run by `python -m benchmark.repack`. Each run is a process of its own, so that its peak of memory is its own. The files are in
-the page cache when they are read; what is written is synced, and read back from the disk where it is verified.
+Run by `python -m benchmark.repack`. Each run is a process of its own, so that its peak of memory is its own. The source is on
+disk and in the page cache; what is written is synced, and read back from the disk. A plain copy of the source, synced as well,
+says what the disk alone takes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -44,6 +46,8 @@ def make(folder: Path, megabytes: int, shards: int, method: str, act_order: bool
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         weight_map |= dict.fromkeys(tensors, file)
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        with (folder / file).open("rb") as stream:
+            os.fsync(stream.fileno())  # or it would be written while we measure
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     quantization: dict[str, object] = {"quant_method": method, "bits": 4, "group_size": GROUP, "version": "gemm"}
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}), encoding="utf-8")
@@ -76,6 +80,19 @@ def measure(source: Path, target: Path, threads: int, *options: str) -> dict[str
     return json.loads(done.stdout)
 
 
+def copy(source: Path, target: Path) -> float:
+    """Seconds to copy the weights and sync them."""
+    begin = time.perf_counter()
+    target.mkdir()
+    for path in source.glob("*.safetensors"):
+        with path.open("rb") as found, (target / path.name).open("wb") as stream:
+            shutil.copyfileobj(found, stream, 1 << 20)
+            os.fsync(stream.fileno())
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(target)
+    return seconds
+
+
 def main() -> None:
     """Print a line for each run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -84,6 +101,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("gptq", "awq"), default="gptq")
     parser.add_argument("--act-order", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to write (a temporary directory)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -93,13 +111,16 @@ def main() -> None:
         print(
             f"{options.method}, uint4 g{GROUP}, {options.threads} thread(s), {options.shards} shards of {largest / 1e6:.0f} MB"
         )
-        for name, more in {"verified": (), "not verified": ("--no-verify",)}.items():
-            found = measure(source, target, options.threads, *more)
-            print(
-                f"{name}: {found['bytes_in'] / 1e6:.0f} MB in {found['seconds']:.2f} s, {found['mb_per_second']:.0f} MB/s, "
-                f"peak memory {found['peak_memory_bytes'] / 1e6:.0f} MB",
-                flush=True,
-            )
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        for _ in range(options.rounds):
+            print(f"plain copy: {size / 1e6 / copy(source, target):.0f} MB/s")
+            for name, more in {"verified": (), "not verified": ("--no-verify",)}.items():
+                found = measure(source, target, options.threads, *more)
+                print(
+                    f"{name}: {found['bytes_in'] / 1e6:.0f} MB in {found['seconds']:.2f} s, {found['mb_per_second']:.0f} MB/s, "
+                    f"peak memory {found['peak_memory_bytes'] / 1e6:.0f} MB",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

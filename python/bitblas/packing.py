@@ -232,13 +232,23 @@ def _join(codes: torch.Tensor, width: int) -> torch.Tensor:
     return joined
 
 
+#: Width of a code -> the dtype with a byte for each code of a byte, and (shift, mask) that spread them over it.
+_SPREADS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    4: (torch.int16, ((4, 0x0F0F),)),
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
+}
+
+
 def _split(joined: torch.Tensor, width: int) -> torch.Tensor:
-    """The inverse of `_join`."""
-    per_byte, mask = 8 // width, (1 << width) - 1
-    codes = torch.empty((*joined.shape[:-1], joined.shape[-1] * per_byte), dtype=torch.uint8, device=joined.device)
-    for i in range(per_byte):
-        codes[..., i::per_byte] = (joined >> (width * i)) & mask
-    return codes
+    """The inverse of `_join`; codes of 8 bits are returned as they are."""
+    if width == 8:
+        return joined
+    dtype, spreads = _SPREADS[width]
+    words = joined.to(dtype, memory_format=torch.contiguous_format)
+    for shift, mask in spreads:  # half of the codes move up, in all bytes at once
+        words = words.bitwise_or_(words << shift).bitwise_and_(mask)
+    return words.view(torch.uint8)
 
 
 def _join_units(field: torch.Tensor, plane: Plane) -> torch.Tensor:
@@ -333,6 +343,8 @@ def unpack_rows(rows: torch.Tensor, k: int, bits: int) -> torch.Tensor:
     n = rows.shape[0]
     if bits >= 8:
         return rows.contiguous().view(_WORD_DTYPES[bits // 8])
+    if bits in _SPREADS:
+        return _split(rows, bits)[:, :k]
     units = (k + 7) // 8
     stream = torch.zeros((n, units * bits), dtype=torch.int16, device=rows.device)
     stream[:, : rows.shape[1]] = rows

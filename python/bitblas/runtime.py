@@ -24,6 +24,8 @@ from .schedule.cuda.dense import DenseTiling, is_dense
 if TYPE_CHECKING:
     import tvm
 
+#: Rows below which a kernel is found by a look-up.
+_FEW_ROWS = 33
 #: Kernels index with 32 bits: no matrix that they walk by rows may have this many elements.
 MAX_ELEMENTS = 1 << 31
 
@@ -50,16 +52,26 @@ class Kernels:
         self.module = module
         self._limits = [m for m, _, _ in buckets]
         found = {name: dress(name, module[name]) for _, name, _ in buckets}  # type: ignore[index]
-        self._functions: list[tuple[Callable[..., None], int]] = [(found[name], slab) for _, name, slab in buckets]
         self._last = len(buckets) - 1
+        self._use([(found[name], slab) for _, name, slab in buckets])
+
+    def _use(self, functions: list[tuple[Callable[..., None], int]]) -> None:
+        """Take functions, each with its rows, by bucket; those for few rows, whose calls are short, are looked up by the rows."""
+        self._functions = functions
+        self._of_few = [self._find(m) for m in range(_FEW_ROWS)]
+
+    def _find(self, m: int) -> tuple[Callable[..., None], int]:
+        return self._functions[min(bisect_left(self._limits, m), self._last)]
 
     def keep_dense(self) -> Kernels:
         """The same kernels, of which those that decode all weights keep the result."""
         kept = copy(self)
-        kept._functions = [
-            (function.keeping() if isinstance(function, DenseMatmul) else function, slab)
-            for function, slab in self._functions
-        ]
+        kept._use(
+            [
+                (function.keeping() if isinstance(function, DenseMatmul) else function, slab)
+                for function, slab in self._functions
+            ]
+        )
         return kept
 
     def launch(self, m: int, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
@@ -68,7 +80,7 @@ class Kernels:
         m takes the nearest bucket that is not smaller, beyond the largest that one; more rows than a slab are computed in
         slabs of equal size.
         """
-        function, slab = self._functions[min(bisect_left(self._limits, m), self._last)]
+        function, slab = self._of_few[m] if m < _FEW_ROWS else self._find(m)
         if m <= slab:
             function(*operands, out)
             return

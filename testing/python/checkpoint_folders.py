@@ -7,7 +7,7 @@ float64 (N, K). The formats:
   the first along K, the second along N; `scales` (G, N); `g_idx` (K,). w = (q - z)·s; "gptq" stores z - 1, "gptq_v2" z.
 - AWQ (AutoAWQ, version "gemm"): `qweight` (K, N/8), `qzeros` (G, N/8) int32; nibbles hold columns 0 2 4 6 1 3 5 7.
 - compressed-tensors, "pack-quantized": `weight_packed` (N, ceil(K·b/32)) with q + 2^(b-1), `weight_zero_point`
-  (ceil(N·b/32), G) likewise along N, `weight_scale` (N, G), `weight_shape`, `weight_g_idx` (K,).
+  (ceil(N·b/32), G) likewise along N, or int8 (N, G) or (1,), `weight_scale` (N, G), `weight_shape`, `weight_g_idx` (K,).
 """
 
 import json
@@ -29,7 +29,8 @@ def words(codes, bits):
     """Rows of codes, (R, C), as rows of 32-bit words, (R, ceil(C·bits/32)), each code from the lowest bit on."""
     stream = ((codes[..., None].astype(np.uint32) >> np.arange(bits)) & 1).astype(np.uint8).reshape(codes.shape[0], -1)
     stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
-    return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little").view(np.int32).copy())
+    joined = np.ascontiguousarray(np.packbits(stream, axis=1, bitorder="little"))
+    return torch.from_numpy(joined.view(np.int32))
 
 
 class Draw:
@@ -76,8 +77,10 @@ def awq_layer(n, k, *, group=32, sym=False, bias=False, seed=0, **options):
     return tensors | ({"bias": drawn.bias} if bias else {}), drawn.dense
 
 
-def compressed_layer(n, k, *, bits=4, group=32, sym=True, act_order=False, bias=False, seed=0, **options):
-    """(tensors, dense weight)."""
+def compressed_layer(
+    n, k, *, bits=4, group=32, sym=True, act_order=False, bias=False, seed=0, signed_zeros=False, whole=False, **options
+):
+    """(tensors, dense weight). `signed_zeros`: zero points as int8; `whole`: one scale, and one int8 zero point, for all."""
     group = k if group == -1 else group
     drawn = Draw(n, k, bits, group, sym, seed, order=shuffled if act_order else None, **options)
     tensors = {
@@ -85,8 +88,17 @@ def compressed_layer(n, k, *, bits=4, group=32, sym=True, act_order=False, bias=
         "weight_scale": drawn.s,
         "weight_shape": torch.tensor([n, k]),
     }
-    if not sym:
+    if not sym and signed_zeros:
+        tensors["weight_zero_point"] = torch.from_numpy((drawn.z - (1 << (bits - 1))).astype(np.int8))
+    elif not sym:
         tensors["weight_zero_point"] = words(drawn.z.T, bits).T.contiguous()
+    if whole:
+        drawn.s[:], drawn.z[:] = drawn.s[0, 0].clone(), drawn.z[0, 0]
+        tensors["weight_scale"] = drawn.s[:1, 0].clone()
+        tensors |= (
+            {} if sym else {"weight_zero_point": torch.tensor([drawn.z[0, 0] - (1 << (bits - 1))]).to(torch.int8)}
+        )
+        drawn.dense = (drawn.q - drawn.z[:, drawn.groups]) * drawn.s.double().numpy()[:, drawn.groups]
     if act_order:
         tensors["weight_g_idx"] = torch.from_numpy(drawn.groups.astype(np.int32))
     return tensors | ({"bias": drawn.bias} if bias else {}), drawn.dense

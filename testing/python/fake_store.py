@@ -78,6 +78,6 @@ def without_tvm(patch):
             patch.setattr(module, "toolchain", lambda: found)
 
 
-def replaced(target):
-    """The same target, with another card where it has one."""
-    return dataclasses.replace(target, card=dataclasses.replace(target.card, num_sms=7)) if target.card else target
+def with_other_card(target):
+    """A target for cards, for one of the same capability that has other numbers."""
+    return dataclasses.replace(target, card=dataclasses.replace(target.card, num_sms=7, memory_gbs=100))

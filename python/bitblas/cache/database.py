@@ -13,6 +13,7 @@ from typing import Any
 
 from ..artifacts import Artifact, artifact_key
 from ..artifacts.record import DamagedError
+from ..artifacts.survey import toolchains
 from ..build import COMPILER, differences, is_usable, toolchain
 from ..config import MatmulConfig
 from ..errors import ArtifactError, BitBLASError, UnsupportedError
@@ -173,10 +174,13 @@ class Database:
         names = [kind.__name__ for kind, config_class in KINDS.items() if type(config) is config_class]
         if not names or not self.exists():
             return None
-        if not toolchain()[COMPILER]:  # any version's serves, and their names are not known
-            return next((op for op in self.load(target) if op.config == config), None)
-        wanted = {"operator": names[0], "config": _fields(config), "target": target.fields(), "toolchain": toolchain()}
-        path = self._directory(target) / _file_name(wanted)
+        wanted = {"operator": names[0], "config": _fields(config), "target": target.fields()}
+        here = toolchain()  # where TVM is not installed any version's serves
+        made = [here] if here[COMPILER] else filter(is_usable, toolchains(store(self.path)))
+        paths = [self._directory(target) / _file_name({**wanted, "toolchain": versions}) for versions in made]
+        return next(filter(None, (self._find(path, target) for path in paths)), None)
+
+    def _find(self, path: Path, target: Target) -> Matmul | None:
         try:
             target.check_runnable()
             return self._restore(read_saved(path), target)

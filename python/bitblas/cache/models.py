@@ -47,7 +47,7 @@ def configs_of_model(
                 W_dtype=weight.W_dtype,
                 accum_dtype="float32",
                 out_dtype=a_dtype,
-                group_size=weight.group_size,
+                group_size=spec.group_size,
                 with_scaling=True,
                 with_zeros=weight.zeros is not None,
                 zeros_mode=weight.zeros_mode,

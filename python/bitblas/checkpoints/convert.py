@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any, Protocol
 
 from ..errors import ArgumentError, CheckpointError
 from ..logs import progress
-from .journal import Journal, check_folders, locked
+from .journal import Journal, locked
 from .shards import INDEX, SINGLE, Shards
 from .writing import (
     ShardWriter,
@@ -144,12 +144,12 @@ class Summary:
     """
 
     layers: int
-    formats: dict[str, int] = field(default_factory=dict)
-    bytes_in: int = 0
-    bytes_out: int = 0
-    converted_bytes: int = 0
-    seconds: float = 0.0
-    verified: bool = True
+    formats: dict[str, int]
+    bytes_in: int
+    bytes_out: int
+    converted_bytes: int
+    seconds: float
+    verified: bool
 
     @property
     def mb_per_second(self) -> float:
@@ -165,7 +165,7 @@ def convert(source: Shards, target: Path, task: Task, verify: bool) -> Summary:
     source : Shards
         The weights of SRC.
     target : Path
-        DST: missing, empty, or left by an unfinished run of the same task.
+        DST, apart from SRC: missing, empty, or left by an unfinished run of the same task.
     task : Task
         What to do.
     verify : bool
@@ -173,13 +173,10 @@ def convert(source: Shards, target: Path, task: Task, verify: bool) -> Summary:
 
     Raises
     ------
-    ArgumentError
-        SRC and DST overlap.
     CheckpointError
         The source is damaged, DST cannot be written or holds something else, or what was written is not what it should be.
     """
     begin = time.perf_counter()
-    check_folders(source.folder, target)
     with disk_errors(target), locked(target):
         journal = Journal(target, task.verb, source.folder, source.files, {**task.options, "verify": verify})
         try:
@@ -198,7 +195,8 @@ def _convert(source: Shards, target: Path, task: Task, journal: Journal, begin: 
     for found in finished.values():
         notes.update(found)
     left = {file: pieces for file, pieces in files.items() if file not in finished}
-    _check_room(target, [piece for pieces in left.values() for piece in pieces])
+    others = sum(path.stat().st_size for path in other_files(source.folder))
+    _check_room(target, sum(piece.max_bytes for pieces in left.values() for piece in pieces) + others)
     with progress(f"{task.verb}ing", sum(map(len, left.values())) * (2 if verify else 1)) as step:
         for file, pieces in left.items():
             notes.update(_make_file(source, target / file, pieces, journal, step, verify))
@@ -229,9 +227,9 @@ def _by_file(source: Shards, pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
     return dict(sorted(files.items()))
 
 
-def _check_room(target: Path, pieces: Iterable[Piece]) -> None:
-    needed, free = sum(piece.max_bytes for piece in pieces) + _SPARE_BYTES, disk_usage(target).free
-    if needed > free:
+def _check_room(target: Path, needed: int) -> None:
+    free = disk_usage(target).free
+    if needed + _SPARE_BYTES > free:
         raise CheckpointError(
             f"up to {needed / 1e6:.0f} MB are to be written to {target}, and its disk has {free / 1e6:.0f} MB free"
         )

@@ -50,7 +50,6 @@ class Method:
     facts: Callable[[Mapping[str, tuple[int, ...]], int], Facts]
     decode: Callable[[Tensors, Facts], QuantizedWeight]
     reference: Callable[[Tensors, Facts], verify.Reference]
-    allowed_bits: Mapping[str, tuple[int, ...]] | None = None
 
 
 def parse_method(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...] | None]:

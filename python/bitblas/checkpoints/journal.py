@@ -105,8 +105,7 @@ class Journal:
             self._identity[name] = digest(source / name) if (source / name).is_file() else None
         self._done: dict[str, Any] = {}
         self._resume(folder, verb)
-        for left in folder.glob(".*.partial"):
-            left.unlink()
+        _remove_partial(folder)
 
     def _resume(self, folder: Path, verb: str) -> None:
         if not self.path.exists():
@@ -123,7 +122,8 @@ class Journal:
                 raise CheckpointError(
                     f"DST is {folder}, which holds an unfinished {verb} that differs in its {key}: remove it to begin anew"
                 )
-        self._done = dict(found.get("done", {}))
+        done = found.get("done")
+        self._done = done if isinstance(done, dict) else {}
 
     def begin(self) -> None:
         """Write the journal, which from now on says that DST is ours."""
@@ -132,12 +132,15 @@ class Journal:
     def done(self, file: str) -> dict[str, Any] | None:
         """What was noted of a file, if it is whole and what it was made from has not changed."""
         entry, path = self._done.get(file), self.path.parent / file
-        if entry is None or any(self._fingerprints.get(name) != value for name, value in entry["sources"].items()):
+        if entry is None or not path.is_file():
             return None
-        if not path.is_file() or path.stat().st_size != entry["size"] or digest(path) != entry["sha256"]:
-            return None
-        notes: dict[str, Any] = entry["notes"]
-        return notes
+        try:
+            if any(self._fingerprints.get(name) != value for name, value in entry["sources"].items()):
+                return None
+            same = path.stat().st_size == entry["size"] and digest(path) == entry["sha256"]
+            return dict(entry["notes"]) if same else None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is damaged: remove {self.path.parent} to begin anew") from error
 
     def note(self, file: str, made_of: Iterable[str], size: int, sha256: str, notes: Mapping[str, Any]) -> None:
         """Note that a file is whole.
@@ -173,8 +176,7 @@ class Journal:
     def give_up(self) -> None:
         """After an error: leave what is whole, to be continued, and nothing where there is nothing."""
         with suppress(OSError):
-            for left in self.path.parent.glob(".*.partial"):
-                left.unlink()
+            _remove_partial(self.path.parent)
             if [path.name for path in self.path.parent.iterdir()] == [self.path.name]:
                 self.path.unlink()
 
@@ -185,3 +187,9 @@ class Journal:
 
     def _write(self) -> None:
         write_json(self.path, {**self._identity, "done": self._done})
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove what an unfinished run was writing."""
+    for left in folder.rglob(".*.partial"):
+        left.unlink()

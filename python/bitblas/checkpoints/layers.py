@@ -38,7 +38,7 @@ class ForeignLayer:
     @property
     def max_bytes(self) -> int:
         """Of all its tensors."""
-        return _max_bytes(self.facts, scale_bytes=4)
+        return _max_bytes(self.facts)
 
     def _tensors(self, source: Shards) -> dict[str, torch.Tensor | None]:
         return {part: source.find(f"{self.name}.{part}") for part in (*self.method.required, *self.method.optional)}
@@ -81,7 +81,7 @@ class DenseLayer:
     @property
     def max_bytes(self) -> int:
         """Of all its tensors."""
-        return _max_bytes(self.facts, scale_bytes=4)
+        return _max_bytes(self.facts)
 
     def write(self, source: Shards, writer: ShardWriter) -> dict[str, Any]:
         """Round it."""
@@ -95,9 +95,10 @@ class DenseLayer:
         check_bias(self.name, source.find(f"{self.name}.bias"), weight.bias)
 
 
-def _max_bytes(facts: Facts, scale_bytes: int) -> int:
+def _max_bytes(facts: Facts) -> int:
+    """What a layer's tensors take at most: scales are not known before they are read, and float32 at most."""
     codes = facts.n * ceil(facts.k * facts.bits / 8)
-    scales = facts.n * facts.groups * scale_bytes
+    scales = facts.n * facts.groups * 4
     zeros = facts.groups * ceil(facts.n * facts.bits / 8)
     return codes + scales + zeros + 4 * facts.k + 8 * facts.n + 4096
 

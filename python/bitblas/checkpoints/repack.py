@@ -7,8 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..codecs import quantize
 from ..errors import ArgumentError, CheckpointError
-from ..formats import parse_format
+from ..formats import DataFormat, parse_format
 from .convert import Copy, Piece, Summary, Task, convert
 from .foreign import find_layers, parse_method
 from .journal import check_folders
@@ -16,6 +19,8 @@ from .layers import DenseLayer, ForeignLayer, Rounding, dense_facts
 from .shards import Shards, open_shards, read_json
 from .spec import LayerSpec, make_config
 
+#: Where a config says how a model is quantized; the second one in folders of older versions of llm-compressor.
+_QUANTIZATION = ("quantization_config", "compression_config")
 _FLOATS = ("F16", "BF16", "F32")
 #: Modules whose two-dimensional weights are no linear layer's, or one that suffers from rounding: by the last part of their
 #: name, in part.
@@ -81,9 +86,7 @@ def repack(
     if found is not None:
         layers = _foreign_layers(source, found, source_path)
     else:
-        rounding = Rounding(parse_format(W_dtype).name, group_size, symmetric)
-        if parse_format(W_dtype).is_native:
-            raise ArgumentError(f"W_dtype is {W_dtype!r}, which is not quantized")
+        rounding = _rounding(parse_format(W_dtype), group_size, symmetric)
         options = {
             "W_dtype": rounding.W_dtype,
             "group_size": group_size,
@@ -97,14 +100,15 @@ def repack(
 
     def new_config(notes: Mapping[str, Any]) -> dict[str, Any]:
         specs = {layer.name: LayerSpec.from_json(layer.name, notes[layer.name]) for layer in layers}
-        return {**config, "quantization_config": make_config(specs, dense)}
+        kept = {key: value for key, value in config.items() if key not in _QUANTIZATION}
+        return {**kept, "quantization_config": make_config(specs, dense)}
 
     return convert(source, target, Task("repack", options, [*layers, *copies], new_config), verify)
 
 
 def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What says how a model is quantized: in its config, or in a file of its own, as AutoGPTQ and AutoAWQ had it."""
-    found = config.get("quantization_config") or config.get("compression_config")
+    found = next((config[key] for key in _QUANTIZATION if config.get(key)), None)
     if found is not None:
         if not isinstance(found, Mapping):
             raise CheckpointError(f"{folder / 'config.json'}: quantization_config is {found!r}; expected an object")
@@ -125,6 +129,16 @@ def _foreign_layers(source: Shards, config: Mapping[str, Any], folder: Path) -> 
         ForeignLayer(name, method, facts, tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in source))
         for name, facts in find_layers(source, method, bits).items()
     ]
+
+
+def _rounding(fmt: DataFormat, group_size: int, symmetric: bool | None) -> Rounding:
+    """How to round, checked before anything is written."""
+    if fmt.is_native:
+        raise ArgumentError(f"W_dtype is {fmt.name!r}, which is not quantized")
+    if type(group_size) is not int or (group_size < 1 and group_size != -1):
+        raise ArgumentError(f"group_size is {group_size!r}; allowed: -1 and integers of at least 1")
+    quantize(torch.ones(1, 1), fmt.name, symmetric=symmetric)
+    return Rounding(fmt.name, group_size, symmetric)
 
 
 def _dense_layers(source: Shards, rounding: Rounding, exclude: Sequence[str], config: Mapping[str, Any]) -> list[Piece]:

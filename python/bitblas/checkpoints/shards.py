@@ -6,7 +6,6 @@ import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ class Shards:
         self.folder = folder
         self.files = tuple(files)
         self.infos: dict[str, TensorInfo] = {}
-        self.read_bytes = 0  #: bytes of the tensors that were handed out
         self._open: tuple[str, Any] | None = None
         self._mapped = 0
         for file in self.files:
@@ -92,7 +90,6 @@ class Shards:
             self.close()
             self._open = (info.file, _opened(self.folder / info.file))
         self._mapped += info.num_bytes
-        self.read_bytes += info.num_bytes
         try:
             tensor: torch.Tensor = self._open[1].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, KeyError, AttributeError) as error:
@@ -207,8 +204,3 @@ def _read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
             )
     _opened(path)
     return infos
-
-
-def num_values(info: TensorInfo) -> int:
-    """How many values a tensor has."""
-    return prod(info.shape)

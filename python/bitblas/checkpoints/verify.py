@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 Tensors = Mapping[str, torch.Tensor | None]
 
 #: Codes that are compared at a time, so that they stay in a cache; and where only bytes are compared.
-_BLOCK_CODES, _STREAM_CODES = 1 << 18, 1 << 21
+_BLOCK_CODES, _STREAM_CODES = 1 << 20, 1 << 21
 #: Which of the eight columns of a word is in its lowest, second lowest, ... nibble.
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -34,6 +34,8 @@ class Reference:
         Takes a slice of rows that begins at a multiple of 8; gives their codes, uint8 (rows, K).
     stream : callable or None
         The same in our packed form, but for bits behind the last code, uint8 (rows, bytes or more).
+    columns : callable or None
+        The same transposed, uint8 (K, rows), where that is how they lie.
     zeros : torch.Tensor
         int16 (N, G).
     scales : torch.Tensor
@@ -47,6 +49,7 @@ class Reference:
     scales: torch.Tensor
     groups: torch.Tensor | None = None
     stream: Callable[[slice], torch.Tensor] | None = None
+    columns: Callable[[slice], torch.Tensor] | None = None
 
 
 def unpack_stream(rows: torch.Tensor, count: int, bits: int) -> torch.Tensor:
@@ -74,6 +77,22 @@ def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
     return ((words.unsqueeze(-1) >> torch.arange(0, 32, bits)) & ((1 << bits) - 1)).flatten(-2)
 
 
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows as columns, in memory as well; torch is several times faster at that where the matrix lies in one piece."""
+    return matrix.contiguous().T.contiguous()
+
+
+def _split_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Fields of words, the lowest first, along the first dimension: int32 (W, C) -> uint8 (W · 32/bits, C)."""
+    fields = torch.empty((words.shape[0], 32 // bits, words.shape[1]), dtype=torch.uint8)
+    each, mask = 8 // bits, (1 << bits) - 1
+    for place in range(4):
+        byte = (words >> 8 * place).to(torch.uint8)
+        for i in range(each):
+            fields[:, place * each + i] = (byte >> bits * i) & mask
+    return fields.view(-1, words.shape[1])
+
+
 def gptq_reference(tensors: Tensors, bits: int, version: int) -> Reference:
     """Words along K; zero points minus one in version 1, where whole words were subtracted from for 2, 4 and 8 bits."""
     qweight, qzeros, scales = _present(tensors, "qweight", "qzeros", "scales")
@@ -89,11 +108,14 @@ def gptq_reference(tensors: Tensors, bits: int, version: int) -> Reference:
     g_idx = tensors.get("g_idx")
 
     def stream(rows: slice) -> torch.Tensor:
-        return qweight[:, rows].T.contiguous().view(torch.uint8)
+        return _transposed(qweight[:, rows]).view(torch.uint8)
+
+    def columns(rows: slice) -> torch.Tensor:
+        return _split_words(qweight[:, rows], bits)
 
     groups = None if g_idx is None else g_idx.to(torch.int64)
-    codes = _codes_of(stream, k, bits)
-    return Reference(codes, zeros.T.to(torch.int16), scales.T.float(), groups, stream)
+    codes, straight = _codes_of(stream, k, bits), None if 8 % bits else columns
+    return Reference(codes, zeros.T.to(torch.int16), scales.T.float(), groups, stream, straight)
 
 
 def awq_reference(tensors: Tensors) -> Reference:
@@ -104,13 +126,23 @@ def awq_reference(tensors: Tensors) -> Reference:
     zeros = _fields(qzeros.to(torch.int64) % (1 << 32), 4).view(qzeros.shape[0], -1, 8)[:, :, places].flatten(1)
 
     def codes(rows: slice) -> torch.Tensor:
-        words = qweight[:, rows.start // 8 : -(-rows.stop // 8)].T.contiguous()
+        words = _transposed(qweight[:, rows.start // 8 : -(-rows.stop // 8)])
         found = torch.empty((words.shape[0], 8, k), dtype=torch.uint8)
         for place, column in enumerate(_AWQ_COLUMNS):
             found[:, column] = (words >> 4 * place) & 15
         return found.view(-1, k)[: rows.stop - rows.start]
 
-    return Reference(codes, zeros.T.to(torch.int16), scales.T.float())
+    def stream(rows: slice) -> torch.Tensor:
+        words = _transposed(qweight[:, rows.start // 8 : -(-rows.stop // 8)])
+        found = torch.empty((words.shape[0], 8, k // 2), dtype=torch.uint8)
+        for place in range(4):  # two columns, whose codes of even and odd k are the four nibbles of 16 bits
+            pairs = (words >> 8 * place).to(torch.uint8).view(torch.int16)
+            low, high = _AWQ_COLUMNS[2 * place : 2 * place + 2]
+            found[:, low] = (pairs & 15) | ((pairs >> 4) & 240)
+            found[:, high] = ((pairs >> 4) & 15) | ((pairs >> 8) & 240)
+        return found.view(-1, k // 2)[: rows.stop - rows.start]
+
+    return Reference(codes, zeros.T.to(torch.int16), scales.T.float(), None, None if k % 2 else stream)
 
 
 def compressed_reference(tensors: Tensors, bits: int) -> Reference:
@@ -168,6 +200,12 @@ def check_weight(name: str, reference: Reference, weight: QuantizedWeight) -> No
             )
         return
     perm = None if weight.perm is None else weight.perm.numpy()
+    if same_zeros and perm is not None and reference.columns is not None and k_bits % 32 == 0:
+        for rows in _blocks(n, k, _BLOCK_CODES):
+            wanted = torch.from_numpy(np.take(reference.columns(rows).numpy(), perm, axis=0, mode="clip"))
+            found = _transposed(weight.packed[rows].view(torch.int32))
+            _same(name, "value", wanted.T, _split_words(found, weight.format.bits).T, rows.start)
+        return
     for rows in _blocks(n, k, _BLOCK_CODES):
         wanted = reference.codes(rows)
         if perm is not None:
@@ -230,15 +268,14 @@ def _same(name: str, what: str, wanted: torch.Tensor, found: torch.Tensor, first
     )
 
 
-#: Half the distance between neighbouring values of an integer format, in scales.
-_HALF = 0.5
+#: Half the distance between neighbouring values of an integer format, in scales, and what float32 may add to it.
+_HALF, _SLACK = 0.5, 2.0**-16
 
 
 def check_rounding(name: str, dense: torch.Tensor, weight: QuantizedWeight) -> None:
-    """Compare a layer that was rounded with its dense weight: each value is off by half a step at most.
+    """Compare a layer that was rounded with its dense weight: each value is off by half a step of its format at most.
 
-    To half the distance of the format's values, in scales, is added what the rounding of the scale to its dtype can do to the
-    largest of them.
+    int1 is the nearer of two values.
 
     Raises
     ------
@@ -246,19 +283,19 @@ def check_rounding(name: str, dense: torch.Tensor, weight: QuantizedWeight) -> N
         A value is further off, or is none.
     """
     table, halves = _table(weight)
-    largest = float(table.abs().max()) if table.numel() else float(1 << weight.format.bits)
-    finfo = torch.finfo(weight.scales.dtype)
     for rows in _blocks(weight.out_features, weight.in_features, _BLOCK_CODES):
         scales = weight.scales[rows].float().unsqueeze(2)
         values, steps = _values(weight, rows, table, halves)
-        slack = largest * torch.maximum(scales * finfo.eps, torch.tensor(finfo.smallest_normal * finfo.eps))
-        error = (values * scales - dense[rows].float().view(values.shape)).abs()
-        bad = ~(error <= steps * scales * (1 + 2**-10) + slack)
+        values = values * scales
+        wanted = dense[rows].float().view(values.shape)
+        allowed = (values + wanted).abs() if weight.W_dtype == "int1" else steps * scales * (1 + _SLACK)
+        error = (values - wanted).abs_()
+        bad = ~(error <= allowed)  # a NaN is bad, too
         if bool(bad.any()):
             row, group, column = (int(v) for v in bad.nonzero()[0])
             raise CheckpointError(
-                f"{name}: what was written differs from the source: the value at {(row + rows.start, group, column)} is off by "
-                f"{float(error[row, group, column]):g}, with a scale of {float(scales[row, group, 0]):g}"
+                f"{name}: what was written differs from the source: the value at {(row + rows.start, group, column)} is off "
+                f"by {float(error[row, group, column]):g}, with a scale of {float(scales[row, group, 0]):g}"
             )
 
 
@@ -317,7 +354,7 @@ def _values(
         index = codes.int()
         return table[index].view(shape), halves[index].view(shape)
     if weight.W_dtype == "int1":
-        return (codes.float() * 2 - 1).view(shape), torch.tensor(2 * _HALF)
+        return (codes.float() * 2 - 1).view(shape), torch.tensor(_HALF)
     values = _signed(codes, weight).float().view(shape) - fmt.code_offset
     if weight.zeros is None or weight.zeros_mode == "rescale":
         return values, torch.tensor(_HALF)

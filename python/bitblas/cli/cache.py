@@ -8,11 +8,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import env
-from ..errors import ArgumentError, ArtifactError
+from ..errors import ArgumentError, ArtifactError, BitBLASError
 from .bench import add_config_options, config_of
 
 if TYPE_CHECKING:
@@ -309,15 +310,10 @@ def _configs_of_model(options: argparse.Namespace) -> list[MatmulConfig]:
 def _import(options: argparse.Namespace) -> int:
     from ..cache.importing import import_bundle
     from ..cache.inventory import can_run, target_of
-    from ..errors import BitBLASError
-    from ..target import resolve_target
 
     imported = import_bundle(options.bundle)
     targets = Counter(target_of(manifest["plan"]) for manifest in imported.manifests.values())
-    try:
-        here = str(resolve_target(None))
-    except BitBLASError:
-        here = ""
+    here = _own_targets()
     found = [
         {"target": str(target), "operators": number, "runs": target is not None and can_run(target)}
         for target, number in targets.items()
@@ -330,10 +326,21 @@ def _import(options: argparse.Namespace) -> int:
         f"{_count(imported.tuning, 'tuning record')}, {_count(imported.saved, 'saved operator')}"
     )
     for row in found:
-        note = "" if row["target"] == here else f"; set BITBLAS_TARGET='{row['target']}' to use them here, on {here}"
-        note = note if row["runs"] else "; this machine cannot run them"
+        note = "" if row["target"] in here else f"; set BITBLAS_TARGET='{row['target']}' to use them here"
+        note = "; this machine cannot run them" if row["runs"] is False else note
         print(f"{_count(int(str(row['operators'])), 'operator')} for {row['target']}{note}")
     return 0
+
+
+def _own_targets() -> set[str]:
+    """What operators are compiled for here that name no target, or this CPU."""
+    from ..target import host_target, resolve_target
+
+    found = set()
+    for resolve in (resolve_target, host_target):
+        with suppress(BitBLASError):
+            found.add(str(resolve()))
+    return found
 
 
 # -- words -----------------------------------------------------------------------------------------------------------------

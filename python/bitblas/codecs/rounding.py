@@ -83,7 +83,8 @@ def quantize(
         rows = slice(first, first + step)
         grouped = weight[rows].to(wide).view(-1, k // group, group)
         low, high = _bounds(grouped)
-        scales[rows] = _round_up(rule.scale(grouped, low, high), scale_dtype)
+        # where all is 0 a scale of 1 spares a division by 0; int1, which has no 0, needs one of 0
+        scales[rows] = _round_up(rule.scale(grouped, low, high), scale_dtype, of_zeros=float(fmt.name != "int1"))
         held = scales[rows].to(wide).unsqueeze(2)
         if points is not None:
             points[rows] = (-low / held.squeeze(2)).round().clamp_(0, (1 << fmt.bits) - 1).to(torch.uint8)
@@ -196,8 +197,8 @@ def _bounds(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low.clamp_(max=0), high.clamp_(min=0)
 
 
-def _round_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The least numbers of `dtype` that are not below positive float64 ones; 1 for 0."""
+def _round_up(scale: torch.Tensor, dtype: torch.dtype, of_zeros: float) -> torch.Tensor:
+    """The least numbers of `dtype` that are not below positive float64 ones; for 0 `of_zeros`."""
     rounded = scale.to(dtype)
     bits = rounded.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
     rounded = torch.where(rounded.double() < scale, bits + 1, bits).view(dtype)
@@ -206,7 +207,7 @@ def _round_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             f"scale_dtype is {dtype}, which cannot hold a scale of {float(scale.max()):.6g}, as the weight needs it; "
             f"allowed here: torch.float32 or torch.bfloat16"
         )
-    return torch.where(scale == 0, torch.ones_like(rounded), rounded)
+    return torch.where(scale == 0, of_zeros, rounded)
 
 
 def _zeros(

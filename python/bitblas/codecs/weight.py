@@ -51,7 +51,9 @@ class QuantizedWeight:
     Raises
     ------
     ArgumentError
-        A tensor's shape or dtype is not as above, or `perm` is no permutation.
+        A tensor's shape or dtype is not as above, `perm` is no permutation, or the format has no such zero points.
+    ConfigError
+        No format has that name.
     """
 
     W_dtype: str
@@ -64,19 +66,19 @@ class QuantizedWeight:
     bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        n, k, bits = self.packed.shape[0], self.in_features, self.format.bits
+        bits, k = self.format.bits, self.in_features
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ArgumentError(f"in_features is {k!r}; it must be an integer of at least 1")
+        n = _rows("packed", self.packed)
         check_tensor("packed", self.packed, (n, ceil(k * bits / 8)), (torch.int8,))
-        groups = self.scales.shape[-1] if self.scales.dim() == 2 else 0
+        groups = self.scales.shape[-1] if isinstance(self.scales, torch.Tensor) and self.scales.dim() == 2 else 1
         if not groups or k % groups:
             raise ArgumentError(
                 f"scales have shape {tuple(self.scales.shape)}; expected ({n}, a divisor of K = {k}), a scale for each group"
             )
         check_tensor("scales", self.scales, (n, groups), SCALE_DTYPES)
         if self.zeros is not None:
-            if self.zeros_mode == "quantized":
-                check_tensor("zeros", self.zeros, (groups, ceil(n * bits / 8)), (torch.int8,))
-            else:
-                check_tensor("zeros", self.zeros, (n, groups), (self.scales.dtype,))
+            self._check_zeros(self.zeros, n, groups)
         if self.bias is not None:
             check_tensor("bias", self.bias, (n,), (*SCALE_DTYPES, torch.float64))
         if self.perm is not None:
@@ -84,6 +86,18 @@ class QuantizedWeight:
             counts = torch.bincount(self.perm.long().clamp(0, k), minlength=k)
             if bool((self.perm < 0).any()) or counts.shape[0] != k or not bool((counts == 1).all()):
                 raise ArgumentError(f"perm is no permutation of 0 to {k - 1}")
+
+    def _check_zeros(self, zeros: torch.Tensor, n: int, groups: int) -> None:
+        if self.zeros_mode not in ZEROS_MODES:
+            raise ArgumentError(f"zeros_mode is {self.zeros_mode!r}; allowed: {', '.join(ZEROS_MODES)}")
+        if not self.format.is_integer:
+            raise ArgumentError(f"zeros are given; {self.format.name} has none")
+        if self.zeros_mode != "quantized":
+            check_tensor("zeros", zeros, (n, groups), (self.scales.dtype,))
+            return
+        if self.format.kind != "uint":
+            raise ArgumentError(f"zeros_mode is 'quantized', which is for uint formats; W_dtype is {self.format.name}")
+        check_tensor("zeros", zeros, (groups, ceil(n * self.format.bits / 8)), (torch.int8,))
 
     @property
     def format(self) -> DataFormat:
@@ -126,6 +140,13 @@ class QuantizedWeight:
         for rows, values in self.blocks():
             out[rows] = values
         return out
+
+
+def _rows(name: str, tensor: torch.Tensor) -> int:
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or not tensor.shape[0]:
+        shown = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ArgumentError(f"{name} is {shown}; expected torch.int8 (N, ceil(K·bits/8))")
+    return tensor.shape[0]
 
 
 def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

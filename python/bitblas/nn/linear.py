@@ -15,6 +15,7 @@ from ..errors import ArgumentError
 from ..ops import Matmul
 from ..ops.bound import BoundMatmul
 from .portable import Portable
+from .stand_in import WeightStandIn
 from .state import FLOATS, describe, fit_tensor, packed_layout, relay
 
 #: Devices that autocast knows, of those that there are kernels for.
@@ -149,6 +150,14 @@ class Linear(Portable):
         for name in sorted(missing, key=lambda name: name != "perm"):
             self._buffers[name] = self._buffers.pop(name)
 
+    def __getattr__(self, name: str) -> Any:
+        """Of a quantized layer `weight` says the dtype, the device and the shape that models ask a layer for."""
+        if name == "weight" and "_operator" in self.__dict__ and self._weight_name == "qweight":
+            config = self.config
+            dtype = getattr(torch, config.A_dtype if config.A_dtype in FLOATS else config.held_dtype)
+            return WeightStandIn.of((config.N, config.K), dtype, self.device)
+        return super().__getattr__(name)
+
     # -- what it is ------------------------------------------------------------------------------------------------------
 
     @property
@@ -220,8 +229,8 @@ class Linear(Portable):
 
     def _bind(self) -> BoundMatmul | None:
         """Check the buffers once, for the calls that follow; None where some have to be converted at each call."""
-        names = [self._weight_name, *(name for name in _EXTRAS if self._tensor(name) is not None)]
-        *places, order = ((self._buffers if n in self._buffers else self._parameters, n) for n in (*names, "perm"))
+        names = (self._weight_name, *_EXTRAS, "perm")
+        *places, order = ((self._buffers if name in self._buffers else self._parameters, name) for name in names)
         self._bound = self._operator.bind(places, order)
         return self._bound
 
@@ -296,8 +305,8 @@ class Linear(Portable):
         given = {"scales": scales, "zeros": zeros, "bias": bias}
         ready = {name: fit_tensor(name, t, self._tensor(name), device) for name, t in given.items() if t is not None}
         ready[self._weight_name] = self._operator.transform_weight(weight).to(device)
-        if "format" in self._buffers:
-            ready["format"] = self._expected_format().to(device)
+        if self._weight.is_meta:
+            self._make_buffers(device, self.perm is not None)
         for name, tensor in ready.items():
             self._put(name, tensor)
 

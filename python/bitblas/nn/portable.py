@@ -64,8 +64,8 @@ class Portable(torch.nn.Module):
         return self._tensor(self._weight_name)  # type: ignore[return-value]
 
     def _tensor(self, name: str) -> torch.Tensor | None:
-        """A buffer, or the parameter that a user has put into its place."""
-        return self._buffers[name] if name in self._buffers else self._parameters.get(name)
+        """A buffer, or what a user has put into its place: a parameter, a parametrization."""
+        return self._buffers[name] if name in self._buffers else getattr(self, name, None)
 
     def _put(self, name: str, tensor: torch.Tensor | None) -> None:
         """Replace what `_tensor` returns."""
@@ -94,11 +94,17 @@ class Portable(torch.nn.Module):
             shared_operator(config, target_of(probe.device), *self._options) if moved or config != self.config else old
         )
         before = {name: self._tensor(name) for name in _FLOATING}
-        if new.layout != old.layout:
-            self._put(self._weight_name, relay(self._weight, old.layout, packed_layout(old.config)))
-        super()._apply(fn, recurse)
-        if new.layout != old.layout:
-            self._put(self._weight_name, relay(self._weight, packed_layout(config), new.layout))
+        weight, buffers = self._weight.detach(), dict(self._buffers)
+        try:
+            if new.layout != old.layout:
+                self._put(self._weight_name, relay(weight, old.layout, packed_layout(old.config)))
+            super()._apply(fn, recurse)
+            if new.layout != old.layout:
+                self._put(self._weight_name, relay(self._weight, packed_layout(config), new.layout))
+        except BaseException:  # such as a lack of memory
+            self._buffers.update(buffers)
+            self._put(self._weight_name, weight)
+            raise
         self._operator, self._bound = new, None
         self._fit_dtypes(before)
         self._mend_format()
@@ -162,7 +168,8 @@ class Portable(torch.nn.Module):
             return
         if form is None and "format" in self._buffers:  # written by another library: there is nothing to compare
             given[prefix + "format"] = self._expected_format()
-        if perm is not None and self.perm is None:
+        new_perm = isinstance(perm, torch.Tensor) and self.perm is None
+        if isinstance(perm, torch.Tensor) and new_perm:
             self._buffers["perm"] = torch.empty_like(perm, device=self.device)
         if isinstance(weight, torch.Tensor) and weight.shape == self._weight.shape:
             assigned = local_metadata.get("assign_to_params_buffers", False)
@@ -176,6 +183,8 @@ class Portable(torch.nn.Module):
             self._fit_dtypes()
             if not self._weight.is_meta:
                 self._set_perm(self.perm)
+        elif new_perm:
+            self._set_perm(None)
 
     def _conflicts(self, given: Mapping[str, Any]) -> list[str]:
         """What of a state_dict would be read as something else than it is; torch compares the shapes of the rest."""

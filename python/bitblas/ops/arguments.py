@@ -72,6 +72,7 @@ class Operand:
             and tensor.layout is _STRIDED
             and tensor.is_contiguous()
             and not tensor.is_neg()
+            and tensor.data_ptr() != 0
         )
 
     def convert(self, tensor: torch.Tensor | None) -> torch.Tensor:
@@ -170,10 +171,10 @@ class Door:
 
     def enter_bound(
         self, A: torch.Tensor, operands: Sequence[torch.Tensor], order: torch.Tensor | None
-    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor] | None:
+    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor, tuple[int, ...] | None] | None:
         """`enter` with operands that `is_ready` has found so, in as few steps as can be; None where A needs a closer look.
 
-        `order` is an index of A's columns, or None.
+        `order` is an index of A's columns, or None. The output is (m, N), and after it comes its final shape, None for that.
         """
         if not (
             type(A) in PLAIN
@@ -182,20 +183,21 @@ class Door:
             and A.layout is _STRIDED
             and A.is_contiguous()
             and not A.is_neg()
+            and A.data_ptr()
         ):
             return None
-        shape = A.shape
-        if len(shape) != 2:
-            if not shape or shape[-1] != self._k:
+        size, shape = A.shape, None
+        if len(size) != 2:
+            if not size or size[-1] != self._k:
                 return None
-            entered = self.enter_bound(A.view(A.numel() // self._k, self._k), operands, order)
-            return entered and (*entered[:2], entered[2].view(*shape[:-1], self._n))
-        m, k = shape
+            shape, A = (*size[:-1], self._n), A.view(-1, self._k)
+            size = A.shape
+        m, k = size
         if k != self._k or (self._static_m is not None and self._static_m != m):
             return None
         a = A if order is None else A.index_select(-1, order)
         out = a.new_empty(m, self._n) if self._same_dtype else a.new_empty(m, self._n, dtype=self._out_dtype)
-        return m, (a, *operands), out
+        return m, (a, *operands), out, shape
 
     def _activation(self, A: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, ...]]:
         """A as a contiguous (m, K), m, and the output's shape."""
@@ -206,6 +208,7 @@ class Door:
             and A.layout is _STRIDED
             and A.is_contiguous()
             and not A.is_neg()
+            and A.data_ptr()
         ):
             shape = A.shape
             if len(shape) == 2:
@@ -346,6 +349,10 @@ def check_dense(name: str, tensor: object) -> None:
         raise ArgumentError(f"{name} is a FakeTensor; it must have data")
     if tensor.is_meta:
         raise ArgumentError(f"{name} is on device meta; it must have data")
+    if tensor.numel() and tensor._is_zerotensor():
+        raise ArgumentError(f"{name} is a zero tensor without memory; clone() gives it some")
+    if tensor.numel() and not tensor.untyped_storage().data_ptr():
+        raise ArgumentError(f"{name} has no memory: its storage was freed")
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:

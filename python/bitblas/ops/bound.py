@@ -23,28 +23,41 @@ class BoundMatmul:
         The operator's.
     kernels : callable
         Gives the operator's kernels, which may change by tuning.
-    tensors : tuple of torch.Tensor
-        All operands but A, in the kernel's order, as the kernel takes them. They must stay in their memory.
     places : sequence of (mapping, str)
-        Where the tensors, in their order, are found, by which names.
+        Where all operands but A are found, in the kernel's order, as the kernel takes them, and where one must be None that the
+        operator does not want.
     order : torch.Tensor, optional
         The order in which the columns of A are multiplied.
     order_place : (mapping, str)
         Where that is found; None counts, too.
     """
 
-    __slots__ = ("_door", "_floats", "_kernels", "_order", "_order_home", "_order_name", "_places", "_tensors")
+    __slots__ = (
+        "_absent",
+        "_door",
+        "_floats",
+        "_kernels",
+        "_order",
+        "_order_home",
+        "_order_name",
+        "_places",
+        "_tensors",
+    )
 
     def __init__(
         self,
         door: Door,
         kernels: Callable[[], Kernels],
-        tensors: tuple[torch.Tensor, ...],
         places: Sequence[Place],
         order_place: Place,
     ) -> None:
-        self._door, self._kernels, self._tensors = door, kernels, tensors
-        self._places = [(home, name, t, t.data_ptr()) for (home, name), t in zip(places, tensors, strict=True)]
+        self._door, self._kernels = door, kernels
+        found = [(home, name, home.get(name)) for home, name in places]
+        self._places = [(home, name, t, t.data_ptr()) for home, name, t in found if t is not None]
+        self._absent = [(home, name) for home, name, t in found if t is None]
+        tensors = [tensor for _, _, tensor, _ in self._places]
+        # of their own: a tensor may be given another shape, or dtype, in place
+        self._tensors = tuple(tensor.detach() for tensor in tensors)
         self._order_home, self._order_name = order_place
         self._order = self._order_home.get(self._order_name)
         self._floats = tuple(t for t in tensors if t.is_floating_point())
@@ -54,22 +67,23 @@ class BoundMatmul:
         for home, name, tensor, address in self._places:
             if home.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
+        for home, name in self._absent:
+            if home.get(name) is not None:
+                return False
         return self._order_home.get(self._order_name) is self._order
 
     def __call__(self, A: torch.Tensor) -> torch.Tensor | None:
         """See `Matmul.forward`; None where A, or a gradient, needs a closer look. Nothing is computed then."""
+        entered = self._door.enter_bound(A, self._tensors, self._order)
+        if entered is None or forward_ad._current_level >= 0:
+            return None
+        m, operands, out, shape = entered
         if torch.is_grad_enabled():
-            if not isinstance(A, torch.Tensor) or A.requires_grad:
+            if A.requires_grad:
                 return None
             for tensor in self._floats:
                 if tensor.requires_grad:
                     return None
-        if forward_ad._current_level >= 0:
-            return None
-        entered = self._door.enter_bound(A, self._tensors, self._order)
-        if entered is None:
-            return None
-        m, operands, out = entered
         if m:
-            self._kernels().launch(m, operands, out if out.dim() == 2 else out.view(m, -1))
-        return out
+            self._kernels().launch(m, operands, out)
+        return out if shape is None else out.view(shape)

@@ -60,15 +60,15 @@ class CudaDoor(Door):
 
     def enter_bound(
         self, A: torch.Tensor, operands: Sequence[torch.Tensor], order: torch.Tensor | None
-    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor] | None:
+    ) -> tuple[int, Sequence[torch.Tensor], torch.Tensor, tuple[int, ...] | None] | None:
         """See `Door`; all tensors must be on one device."""
         entered = super().enter_bound(A, operands, order)
         if entered is None:
             return None
-        m, found, out = entered
+        m, found, out, shape = entered
         checked = list(found)
         self._check_operands(checked)
-        return m, checked, out
+        return m, checked, out, shape
 
     def _check_operands(self, operands: list[torch.Tensor]) -> int:
         """The index of the device that all are on; those that are not aligned are replaced by copies."""

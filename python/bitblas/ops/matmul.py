@@ -228,15 +228,12 @@ class Matmul(WithWeights, WithFacts):
         Parameters
         ----------
         places : sequence of (mapping, str)
-            Where W and the wanted ones of scale, zeros and bias are found, in that order.
+            Where W, scale, zeros and bias are found, in that order; None for those that are not wanted.
         order_place : (mapping, str)
             Where an index of A's columns is found, or None.
         """
-        found = [home[name] for home, name in places]
-        tensors = tuple(tensor for tensor in found if tensor is not None)
-        if len(tensors) != len(found) or not self._door.is_ready(tensors):
-            return None
-        return BoundMatmul(self._door, self._ready, tensors, places, order_place)
+        found = [tensor for home, name in places if (tensor := home.get(name)) is not None]
+        return BoundMatmul(self._door, self._ready, places, order_place) if self._door.is_ready(found) else None
 
     def _ready(self) -> Kernels:
         return self._kernels or self._provide()

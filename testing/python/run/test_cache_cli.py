@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import fake_store
-from bitblas import Linear, Matmul, MatmulConfig, cli, env, logs, tuner
+from bitblas import Linear, Matmul, MatmulConfig, cli, env, load_model, logs, tuner
 from bitblas.artifacts import ArtifactStore
 from bitblas.artifacts import process as process_module
 from bitblas.build import LIBRARY, find_compiler
@@ -433,6 +433,19 @@ def test_the_operators_of_a_model_are_those_of_its_layers(tmp_path):
     assert {c.M for c in configs_of_model(folder, M=(1, 4))} == {(1, 4)}
     with pytest.raises(CheckpointError, match=r"layer mlp\.up has no operator: A_dtype is 'float64'"):
         configs_of_model(folder, "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_the_operators_of_a_model_are_those_that_transformers_makes(tmp_path, dtype):
+    pytest.importorskip("transformers", minversion="5", reason="pip install 'bitblas[transformers]'")
+    import tiny_models
+
+    folder = tiny_models.make(tmp_path / "model", "llama", tiny_models.MIXED).folder
+    model = load_model(folder, dtype=dtype, device="cpu")
+    layers = {name: layer.config for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    found = configs_of_model(folder, None if dtype is None else "float32")
+    assert {name: cfg for cfg, names in found.items() for name in names} == layers
 
 
 #: Runs a layer of the model, and answers with how it came by its kernels, and how far it is from float64.

@@ -5,7 +5,10 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +25,11 @@ from bitblas.cache.importing import import_bundle
 from bitblas.errors import ArgumentError, ArtifactError, BuildError
 from bitblas.ops import provider
 from bitblas.plan import plan_matmul
+from bitblas.target import resolve_target
 from bitblas.tuner.record import load_record, record_path
 from fake_store import OTHER_TARGET, TARGET, config, put, tune, without_tvm
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +170,7 @@ def test_only_what_serves_is_exported(store, tmp_path):
     assert found.left_out == 1
     assert [a.key for a in export_store(tmp_path / "b.tar", [OTHER_TARGET]).operators] == [other.key]
     with pytest.raises(ArgumentError, match="no operator of the installed versions for llvm -mcpu=haswell"):
-        export_store(tmp_path / "c.tar", [bitblas.target.resolve_target("haswell")])
+        export_store(tmp_path / "c.tar", [resolve_target("haswell")])
     assert not (tmp_path / "c.tar").exists()
 
 
@@ -208,8 +214,9 @@ def test_a_disk_that_is_full_leaves_what_was_there(store, tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(bundle_module, "_add", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         export_store(tmp_path / "a.tar")
+    assert caught.value.filename == str(tmp_path / "a.tar")
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.tar"]
     assert (tmp_path / "a.tar").read_bytes() == b"the last one"
 
@@ -489,6 +496,47 @@ def test_without_tvm_other_tilings_serve(store, monkeypatch):
     monkeypatch.setattr(provider, "build_library", no_tvm)
     with pytest.raises(BuildError, match="no TVM here"):
         provider.provide(plan_matmul(config(256), TARGET))
+
+
+def test_without_tvm_what_was_built_for_another_card_serves(store, monkeypatch):
+    """Of the same capability: which tilings are the defaults depends on the card's numbers."""
+    card, cfg = resolve_target("cuda -arch=sm_90"), config(4096, K=4096)
+    plan = plan_matmul(cfg, fake_store.with_other_card(card))
+    artifact = put(store, cfg, card)
+    assert plan.tilings != plan_matmul(cfg, card).tilings
+    monkeypatch.setattr(provider, "load_kernels", lambda library, plan: (library, plan))
+    monkeypatch.setitem(provider.SOURCES, "cuda", "schedule.py")
+    without_tvm(monkeypatch)
+    found = provider.provide(plan)
+    assert found.kernels == (artifact.library, found.plan)
+    assert found.plan.tilings == plan_matmul(cfg, card).tilings
+    assert found.plan.target == plan.target
+
+
+IMPORT = """
+import json, sys
+from bitblas.cache import import_bundle
+print("ready", flush=True)
+sys.stdin.readline()
+found = import_bundle(sys.argv[1])
+print(json.dumps([len(found.added), len(found.kept)]), flush=True)
+"""
+
+
+def test_processes_that_import_the_same_bundle(bundle, elsewhere):
+    variables = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "BITBLAS_CACHE_DIR": str(elsewhere)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": variables}
+    processes = [subprocess.Popen([sys.executable, "-c", IMPORT, str(bundle)], **pipes) for _ in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    found = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    assert sum(added for added, _ in found) == 2
+    assert all(added + kept == 2 for added, kept in found)
+    assert len(ArtifactStore(elsewhere).entries()) == 2
+    assert list((elsewhere / "staging").iterdir()) == []
 
 
 def no_tvm(*_):

@@ -15,6 +15,7 @@ from bitblas import ArgumentError, CheckpointError
 from bitblas.checkpoints import convert, open_shards, read_layers, read_weights, repack, unpack, writing
 from bitblas.checkpoints.spec import LayerSpec
 from bitblas.codecs import parse_format_tensor
+from bitblas.formats import FORMATS
 
 #: Kinds of source: (layer's packer, its options, what is said in config.json, format of the result).
 KINDS = {
@@ -40,6 +41,24 @@ KINDS = {
         "int4",
     ),
     "compressed 8": (folders.compressed_layer, {"bits": 8}, folders.compressed_config(bits=8), "int8"),
+    "compressed int8 zeros": (
+        folders.compressed_layer,
+        {"sym": False, "signed_zeros": True},
+        folders.compressed_config(sym=False),
+        "uint4",
+    ),
+    "compressed tensor": (
+        folders.compressed_layer,
+        {"group": -1, "whole": True},
+        folders.compressed_config(group=-1),
+        "int4",
+    ),
+    "compressed tensor asym": (
+        folders.compressed_layer,
+        {"group": -1, "whole": True, "sym": False},
+        folders.compressed_config(group=-1, sym=False),
+        "uint4",
+    ),
     "compressed 3": (
         folders.compressed_layer,
         {"bits": 3, "sym": False},
@@ -218,6 +237,14 @@ def test_a_config_of_its_own(tmp_path):
     repack(src, tmp_path / "dst")
     assert set(read_layers(tmp_path / "dst")) == set(dense)
     assert (tmp_path / "dst" / "model.safetensors").exists()
+
+
+def test_a_config_by_its_older_name(tmp_path):
+    tensors, dense = folders.model(folders.compressed_layer)
+    src = folders.write(tmp_path / "src", tensors, config={"compression_config": folders.compressed_config()})
+    repack(src, tmp_path / "dst")
+    assert set(read_layers(tmp_path / "dst")) == set(dense)
+    assert "compression_config" not in config(tmp_path / "dst")
 
 
 def test_bits_that_differ(tmp_path):
@@ -564,6 +591,35 @@ def test_a_finished_file_that_was_damaged_is_made_again(tmp_path, monkeypatch):
     assert folders.tree(tmp_path / "dst") == folders.tree(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("done", [{"model-00001-of-00003.safetensors": {}}, {"model-00001-of-00003.safetensors": [1]}])
+def test_a_journal_that_is_damaged(tmp_path, monkeypatch, done):
+    src = unfinished(tmp_path, monkeypatch)
+    path = tmp_path / "dst" / ".repack.json"
+    journal = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**journal, "done": done}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"{path} is damaged: remove .*dst to begin anew"):
+        repack(src, tmp_path / "dst")
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"{path} cannot be read"):
+        repack(src, tmp_path / "dst")
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path, monkeypatch):
+    src, _ = source(tmp_path / "src")
+    (src / "extra").mkdir()
+    (src / "extra" / "text.txt").write_text("text", encoding="utf-8")
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        repack(src, tmp_path / "dst")
+    monkeypatch.undo()
+    (tmp_path / "dst" / "extra").mkdir()
+    for name in (".model.safetensors.partial", "extra/.text.txt.partial"):
+        (tmp_path / "dst" / name).write_text("half", encoding="utf-8")
+    repack(src, tmp_path / "dst")
+    repack(src, tmp_path / "fresh")
+    assert folders.tree(tmp_path / "dst") == folders.tree(tmp_path / "fresh")
+
+
 def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch):
     src, _ = source(tmp_path / "src", shards=2)
     written = []
@@ -583,13 +639,16 @@ def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch):
 # -- verified --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["qweight", "scales", "zeros", "bias", "perm"])
-@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed asym", "gptq 3"])
+PARTS = ("qweight", "scales", "zeros", "bias")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [*((kind, part) for kind in ("gptq", "awq", "compressed asym", "gptq 3") for part in PARTS), ("gptq 3", "perm")],
+)
 def test_a_wrong_value_is_noticed(tmp_path, monkeypatch, kind, part):
     """One bit of one tensor of one layer is flipped on its way to the disk."""
     src, _ = source(tmp_path / "src", kind, **({"bias": True} if kind != "awq" else {}), shards=2)
-    if part == "perm" and kind != "gptq 3":
-        pytest.skip("it has none")
     add = writing.ShardWriter.add
 
     def flipped(self, name, tensor, info=None):
@@ -621,6 +680,122 @@ def test_a_wrong_copy_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(writing.ShardWriter, "add", flipped)
     with pytest.raises(CheckpointError, match=r"model.norm.weight in .* is not what model.norm.weight in .* is"):
         repack(src, tmp_path / "dst")
+
+
+# -- dense models ----------------------------------------------------------------------------------------------------------
+
+ROUNDED = [name for name, fmt in FORMATS.items() if not fmt.is_native]
+
+
+@pytest.mark.parametrize("W_dtype", ROUNDED)
+def test_a_dense_model_is_rounded(tmp_path, W_dtype):
+    tensors, dense = folders.model(folders.dense_layer, blocks=1, bias=True)
+    src = folders.write(tmp_path / "src", tensors, shards=2)
+    summary = repack(src, tmp_path / "dst", W_dtype=W_dtype, group_size=32)
+    assert summary.formats == {W_dtype: len(dense)}
+    found = dict(read_weights(tmp_path / "dst"))
+    assert set(found) == set(dense)
+    for name, wanted in dense.items():
+        scales = found[name].scales.double().numpy().repeat(32, axis=1)
+        error = np.abs(found[name].dequantize().double().numpy() - wanted) / scales
+        fmt = FORMATS[W_dtype]
+        if fmt.is_integer and W_dtype != "int1":
+            assert error.max() <= 0.5 + 1e-5
+        elif fmt.codebook:
+            nearest = np.abs(wanted[..., None] / scales[..., None] - np.array(fmt.codebook)).min(axis=-1)
+            assert np.abs(error - nearest).max() < 1e-4
+        assert error.mean() > 1e-5
+        assert torch.equal(found[name].bias, tensors[f"{name}.bias"])
+    unpack(tmp_path / "dst", tmp_path / "back", dtype="float32")
+    back = open_shards(tmp_path / "back")
+    for name, weight in found.items():
+        assert torch.equal(back.get(f"{name}.weight"), weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"W_dtype": "uint4", "symmetric": True, "group_size": 64}, {LayerSpec("uint4", 64, "quantized")}),
+        ({"W_dtype": "int4", "symmetric": False, "group_size": 32}, {LayerSpec("int4", 32, "original")}),
+        ({"W_dtype": "int4", "group_size": -1}, {LayerSpec("int4", -1)}),
+    ],
+)
+def test_options_of_rounding(tmp_path, options, layers):
+    tensors, _ = folders.model(folders.dense_layer, blocks=1, dtype=torch.bfloat16)
+    repack(folders.write(tmp_path / "src", tensors), tmp_path / "dst", **options)
+    found = set(read_layers(tmp_path / "dst").values())
+    if options["group_size"] == 64:  # which is all of K for most of the layers
+        found = {LayerSpec(spec.W_dtype, 64, spec.zeros_mode) for spec in found}
+    assert found == layers
+
+
+def test_what_stays_dense(tmp_path):
+    tensors, dense = folders.model(folders.dense_layer)
+    others = [
+        "transformer.wte",
+        "model.layers.0.mlp.gate",
+        "encoder.embed_positions",
+        "q_norm",
+        "lm_head",
+        "moe.router",
+    ]
+    for name in others:
+        tensors[f"{name}.weight"] = torch.ones(64, 64)
+    tensors |= {
+        "conv.weight": torch.ones(4, 4, 3),
+        "experts.up": torch.ones(2, 64, 64),
+        "ids.weight": torch.ones(64, 64).int(),
+    }
+    src = folders.write(tmp_path / "src", tensors)
+    repack(src, tmp_path / "dst", W_dtype="nf4", group_size=64, exclude=["*.q_proj", "model.layers.1.*"])
+    assert set(read_layers(tmp_path / "dst")) == {n for n in dense if "layers.1" not in n and "q_proj" not in n}
+    kept = config(tmp_path / "dst")["quantization_config"]["modules_to_not_convert"]
+    assert kept == sorted({"lm_head", *(n for n in dense if "layers.1" in n or "q_proj" in n)})
+
+
+def test_dense_models_that_are_refused(tmp_path):
+    tensors, _ = folders.model(folders.dense_layer)
+    src = folders.write(tmp_path / "src", tensors)
+    with pytest.raises(CheckpointError, match=r"_proj.weight in .* has 64 columns, which groups of 128 do not divide"):
+        repack(src, tmp_path / "dst", W_dtype="uint4")
+    with pytest.raises(ArgumentError, match=r"group_size is 0"):
+        repack(src, tmp_path / "dst", W_dtype="uint4", group_size=0)
+    with pytest.raises(ArgumentError, match="nf4 has to be symmetric"):
+        repack(src, tmp_path / "dst", W_dtype="nf4", group_size=32, symmetric=False)
+    with pytest.raises(CheckpointError, match="has no weight that would be rounded"):
+        repack(src, tmp_path / "dst", W_dtype="uint4", group_size=32, exclude=["*"])
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("inf")
+    folders.write(src, tensors)
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.down_proj.weight in .*model.safetensors holds inf"):
+        repack(src, tmp_path / "dst", W_dtype="uint4", group_size=32)
+    folders.write(src, tensors, config={"model_type": "gpt2"})
+    with pytest.raises(CheckpointError, match="model_type is 'gpt2', whose layers hold transposed weights"):
+        repack(src, tmp_path / "dst", W_dtype="uint4", group_size=32)
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("W_dtype", ["uint4", "int4", "int1", "nf4", "float8_e4m3", "int8"])
+@pytest.mark.parametrize("part", ["qweight", "scales"])
+def test_a_value_that_is_rounded_wrongly_is_noticed(tmp_path, monkeypatch, W_dtype, part):
+    tensors, _ = folders.model(folders.dense_layer, blocks=1)
+    src = folders.write(tmp_path / "src", tensors)
+    add = writing.ShardWriter.add
+
+    def changed(self, name, tensor, info=None):
+        if name == f"{Q}.{part}":
+            tensor = tensor.clone()
+            if part == "scales" and W_dtype == "int1":
+                tensor[0, 0] = float("nan")
+            elif part == "scales":
+                tensor[0, 0] *= 2
+            else:
+                writing.as_bytes(tensor)[5] ^= 255 if W_dtype == "float8_e4m3" else 16
+        add(self, name, tensor, info)
+
+    monkeypatch.setattr(writing.ShardWriter, "add", changed)
+    with pytest.raises(CheckpointError, match=rf"{Q}: what was written differs from the source"):
+        repack(src, tmp_path / "dst", W_dtype=W_dtype, group_size=32)
+    assert not (tmp_path / "dst").exists()
 
 
 # -- unpack ----------------------------------------------------------------------------------------------------------------
