@@ -67,14 +67,6 @@ def test_memory_that_was_freed_is_not_read(name):
         layer(problem.A)
 
 
-def test_what_the_layer_has_no_use_for():
-    layer, problem = layer_and_problem(with_bias=False)
-    layer.bias = torch.ones(32)
-    for _ in range(2):
-        with pytest.raises(ArgumentError, match="bias was given, but this operator was built with with_bias=False"):
-            layer(problem.A)
-
-
 # -- what stands for the weight --------------------------------------------------------------------------------------------
 
 
