@@ -56,7 +56,7 @@ class Kernels:
         self._use([(found[name], slab) for _, name, slab in buckets])
 
     def _use(self, functions: list[tuple[Callable[..., None], int]]) -> None:
-        """Take functions, each with its rows, by bucket; those for few rows, whose calls are short, are looked up by the rows."""
+        """Take functions, each with its rows, by bucket; for few rows, whose calls are short, they are looked up by these."""
         self._functions = functions
         self._of_few = [self._find(m) for m in range(_FEW_ROWS)]
 
