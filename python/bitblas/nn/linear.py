@@ -144,7 +144,11 @@ class Linear(Portable):
             self._set_perm(torch.arange(config.K, dtype=torch.int32, device=device))
         if self._weight_name == "qweight":
             self.register_buffer("format", self._expected_format().to(device))
-        self._order_buffers()
+        # those that are None last, perm, which may come later, before the others: `torch.export` counts them, and else takes
+        # another input of its graph for a buffer
+        missing = [name for name, tensor in self._buffers.items() if tensor is None]
+        for name in sorted(missing, key=lambda name: name != "perm"):
+            self._buffers[name] = self._buffers.pop(name)
 
     def __getattr__(self, name: str) -> Any:
         """Of a quantized layer `weight` says the dtype, the device and the shape that models ask a layer for."""

@@ -81,12 +81,6 @@ class Portable(torch.nn.Module):
 
     def _set_perm(self, perm: torch.Tensor | None) -> None:
         self._put("perm", None if perm is None else check_perm(perm, self.config.K))
-        self._order_buffers()
-
-    def _order_buffers(self) -> None:
-        """Those that are None last: `torch.export` counts them, and then looks beyond the inputs of its graph."""
-        for name in [name for name, tensor in self._buffers.items() if tensor is None]:
-            self._buffers[name] = self._buffers.pop(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """What `.to()`, `.half()` and their like do: the weight is packed, moved, and laid out for where it then is."""

@@ -67,7 +67,6 @@ def quantize_(
             names, layer = places.popitem()
             step(names[0])
             made.append(_replacement(names[0], layer, W_dtype, group_size, symmetric, options))
-            del layer  # the last but the model's own reference
             for name in names:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, made[-1])

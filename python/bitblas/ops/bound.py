@@ -26,10 +26,8 @@ class BoundMatmul:
     places : sequence of (mapping, str)
         Where all operands but A are found, in the kernel's order, as the kernel takes them, and where one must be None that the
         operator does not want.
-    order : torch.Tensor, optional
-        The order in which the columns of A are multiplied.
     order_place : (mapping, str)
-        Where that is found; None counts, too.
+        Where the order is found in which the columns of A are multiplied, or None.
     """
 
     __slots__ = (
@@ -74,16 +72,18 @@ class BoundMatmul:
 
     def __call__(self, A: torch.Tensor) -> torch.Tensor | None:
         """See `Matmul.forward`; None where A, or a gradient, needs a closer look. Nothing is computed then."""
-        entered = self._door.enter_bound(A, self._tensors, self._order)
-        if entered is None or forward_ad._current_level >= 0:
-            return None
-        m, operands, out, shape = entered
         if torch.is_grad_enabled():
-            if A.requires_grad:
+            if not isinstance(A, torch.Tensor) or A.requires_grad:
                 return None
             for tensor in self._floats:
                 if tensor.requires_grad:
                     return None
+        if forward_ad._current_level >= 0:
+            return None
+        entered = self._door.enter_bound(A, self._tensors, self._order)
+        if entered is None:
+            return None
+        m, operands, out, shape = entered
         if m:
             self._kernels().launch(m, operands, out)
         return out if shape is None else out.view(shape)

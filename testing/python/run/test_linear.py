@@ -266,6 +266,30 @@ def test_a_wrong_buffer_is_named(usual):
         ran(layer, problem)
 
 
+def test_other_data_of_a_buffer_is_looked_at():
+    layer, problem = layer_and_problem()
+    ran(layer, problem)
+    layer.scales.data = layer.scales.data.half()
+    with pytest.raises(ArgumentError, match=r"scale has dtype torch\.float16"):
+        ran(layer, problem)
+    layer.scales.data = problem.scale[:, :2].clone()
+    with pytest.raises(ArgumentError, match=r"scale has shape \(32, 2\)"):
+        ran(layer, problem)
+    layer.scales.data = problem.scale
+    reference.assert_close(ran(layer, problem), problem)
+
+
+def test_a_buffer_that_is_not_wanted_is_noticed():
+    layer, problem = layer_and_problem(with_bias=False)
+    reference.assert_close(ran(layer, problem), problem)
+    layer.bias = torch.ones(32)
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="bias was given, but this operator was built with with_bias=False"):
+            ran(layer, problem)
+    layer.bias = None
+    reference.assert_close(ran(layer, problem), problem)
+
+
 class Counted(bitblas.Linear):
     """A layer with a parameter and a number of its own."""
 

@@ -330,6 +330,18 @@ def test_an_exported_program_in_another_process(tmp_path, store, warm):
     torch.testing.assert_close(torch.tensor(found["out"]), expected[:3])
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_export_of_a_layer_with_little_but_an_order(loaded):
+    layer, problem = layer_and_problem(with_bias=False, with_zeros=False)
+    layer.perm = torch.randperm(64, dtype=torch.int32)
+    if loaded:
+        other = layers.build(config(with_bias=False, with_zeros=False, W_dtype="uint4"))
+        other.load_state_dict(layer.state_dict())
+        layer = other
+    program = torch.export.export(layer, (problem.A,))
+    assert torch.equal(program.module()(problem.A), layer(problem.A))
+
+
 def test_a_graph_for_another_layout_is_refused():
     layer, problem = layer_and_problem()
     spec = json.loads(layer.bitblas_matmul._spec)
