@@ -274,6 +274,13 @@ def emulate(replace: Callable[[object, str, object], None]) -> None:
             m, operands, out = Door.enter(self, *arguments)
             return m, [t.clone() if t.data_ptr() % ALIGNMENT else t for t in operands], out
 
+        def enter_bound(self, *arguments: object) -> tuple[int, list[torch.Tensor], torch.Tensor, object] | None:
+            entered = Door.enter_bound(self, *arguments)
+            if entered is None:
+                return None
+            m, operands, out, shape = entered
+            return m, [t.clone() if t.data_ptr() % ALIGNMENT else t for t in operands], out, shape
+
     def compile_library(_: str, source: Path, library: Path, arch: str) -> dict[str, object]:
         rooms = env.CACHE_DIR.get() / "emulator"
         rooms.mkdir(exist_ok=True)
