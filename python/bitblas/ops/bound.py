@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch.autograd import forward_ad
 
 from ..runtime import Kernels
-from .arguments import Door
+from .arguments import PLAIN, Door
 
 #: A mapping, such as a module's buffers, and a name in it.
 Place = tuple[Mapping[str, torch.Tensor | None], str]
+
+
+def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether tensors have memory of this process: those of a fake mode, or inside of torch.func, must not outlive it."""
+    return all(type(t) in PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 class BoundMatmul:
@@ -39,7 +44,7 @@ class BoundMatmul:
         "_order_home",
         "_order_name",
         "_places",
-        "_tensors",
+        "tensors",
     )
 
     def __init__(
@@ -55,7 +60,7 @@ class BoundMatmul:
         self._absent = [(home, name) for home, name, t in found if t is None]
         tensors = [tensor for _, _, tensor, _ in self._places]
         # of their own: a tensor may be given another shape, or dtype, in place
-        self._tensors = tuple(tensor.detach() for tensor in tensors)
+        self.tensors = tuple(tensor.detach() for tensor in tensors)
         self._order_home, self._order_name = order_place
         self._order = self._order_home.get(self._order_name)
         self._floats = tuple(t for t in tensors if t.is_floating_point())
@@ -80,7 +85,7 @@ class BoundMatmul:
                     return None
         if forward_ad._current_level >= 0:
             return None
-        entered = self._door.enter_bound(A, self._tensors, self._order)
+        entered = self._door.enter_bound(A, self.tensors, self._order)
         if entered is None:
             return None
         m, operands, out, shape = entered

@@ -23,7 +23,7 @@ from ..tuner import SECONDS
 from ..tuner.record import choices, read_record
 from . import provider
 from .arguments import PLAIN, Door
-from .bound import BoundMatmul, Place
+from .bound import BoundMatmul, Place, are_plain
 from .cuda_arguments import CudaDoor
 from .facts import WithFacts
 from .provider import Provided, load, provide, store
@@ -232,8 +232,10 @@ class Matmul(WithWeights, WithFacts):
         order_place : (mapping, str)
             Where an index of A's columns is found, or None.
         """
-        found = [tensor for home, name in places if (tensor := home.get(name)) is not None]
-        return BoundMatmul(self._door, self._ready, places, order_place) if self._door.is_ready(found) else None
+        if not are_plain(tensor for home, name in places if (tensor := home.get(name)) is not None):
+            return None
+        bound = BoundMatmul(self._door, self._ready, places, order_place)
+        return bound if are_plain(bound.tensors) and self._door.is_ready(bound.tensors) else None
 
     def _ready(self) -> Kernels:
         return self._kernels or self._provide()

@@ -1,5 +1,6 @@
 """Layers and operators under torch.compile, torch.export and fake tensors."""
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -253,6 +254,31 @@ def test_fake_tensors():
     with FakeTensorMode():
         empty = layers.build(config(A_dtype="float16"))
         assert empty(torch.empty(5, 64, dtype=torch.float16)).shape == (5, 32)
+
+
+def _fake(layer, a):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(a))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        _fake,
+        lambda layer, a: torch.func.grad(lambda x: layer(x).sum())(a),
+        lambda layer, a: torch.func.jvp(layer, (a,), (a,)),
+        lambda layer, a: torch.vmap(layer)(torch.stack([a, a])),
+        lambda layer, a: torch.export.export(layer, (a,)),
+        lambda layer, a: torch.compile(layer, fullgraph=True, backend="aot_eager")(a),
+    ],
+    ids=["fake", "grad", "jvp", "vmap", "export", "compile"],
+)
+def test_nothing_of_a_transformed_first_call_is_kept(first):
+    layer, problem = layer_and_problem()
+    with contextlib.suppress(RuntimeError, ArgumentError):  # some cannot be done; what follows must be right
+        first(layer, problem.A)
+    for _ in range(2):
+        reference.assert_close(layer(problem.A), problem)
 
 
 # -- torch's own checks ----------------------------------------------------------------------------------------------------
