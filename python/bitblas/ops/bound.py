@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 from ..runtime import Kernels
 from .arguments import PLAIN, Door
 
+#: See `matmul`.
+_num_modes = torch._C._len_torch_dispatch_stack
 #: A mapping, such as a module's buffers, and a name in it.
 Place = tuple[Mapping[str, torch.Tensor | None], str]
 
@@ -83,7 +85,7 @@ class BoundMatmul:
             for tensor in self._floats:
                 if tensor.requires_grad:
                     return None
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or _num_modes():
             return None
         entered = self._door.enter_bound(A, self.tensors, self._order)
         if entered is None:

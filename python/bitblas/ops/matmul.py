@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 BACKENDS = ("tl", "tir")
 
+#: How many modes, such as those of fake tensors, see what torch dispatches: they may give tensors without memory.
+_num_modes = torch._C._len_torch_dispatch_stack
+
 
 class Matmul(WithWeights, WithFacts):
     """out = A · dequantize(W)ᵀ (+ bias).
@@ -196,7 +199,7 @@ class Matmul(WithWeights, WithFacts):
         named = None
         if scale is not None or zeros is not None or bias is not None:
             named = {"scale": scale, "zeros": zeros, "bias": bias}
-        if torch.compiler.is_compiling() or type(A) not in PLAIN:
+        if torch.compiler.is_compiling() or type(A) not in PLAIN or _num_modes():
             traced = isinstance(A, torch.Tensor)
         else:
             traced = torch.is_grad_enabled() and (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitblas
 import layers
@@ -279,6 +280,32 @@ def test_nothing_of_a_transformed_first_call_is_kept(first):
         first(layer, problem.A)
     for _ in range(2):
         reference.assert_close(layer(problem.A), problem)
+
+
+def test_tensors_with_data_in_a_fake_mode():
+    layer, problem = layer_and_problem()
+    operands = (layer.qweight, layer.scales, layer.zeros, layer.bias)
+    layer(problem.A)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for out in (layer(problem.A), layer.bitblas_matmul(problem.A, *operands)):
+            assert type(out) is FakeTensor
+            assert out.shape == (3, 32)
+    reference.assert_close(layer(problem.A), problem)
+
+
+def test_a_mode_sees_the_operator():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    layer, problem = layer_and_problem()
+    for _ in range(2):
+        with Watch():
+            reference.assert_close(layer(problem.A).clone(), problem)
+    assert seen.count("bitblas.matmul.default") == 2
 
 
 # -- torch's own checks ----------------------------------------------------------------------------------------------------

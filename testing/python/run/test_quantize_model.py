@@ -127,7 +127,7 @@ def test_a_model():
         (["*.?"], {"attention.q", "attention.k", "mlp.0", "mlp.2"}),
         (("*",), {"attention.q", "attention.k", "mlp.0", "mlp.2", "lm_head", "tied"}),
     ],
-    ids=str,
+    ids=["none", "head", "several", "characters", "all"],
 )
 def test_layers_are_left_out_by_pattern(exclude, left):
     model = bitblas.quantize_(Block(), group_size=-1, exclude=exclude, build=False)
