@@ -185,13 +185,6 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     return codes
 
 
-def repack(packed: torch.Tensor, source: PackedLayout, target: PackedLayout) -> torch.Tensor:
-    """Move packed weights from one layout to another, exactly."""
-    if source == target:
-        return packed
-    return pack(unpack(packed, source), target)
-
-
 def _blocks(shape: torch.Size, what: str) -> Iterable[int]:
     """First rows of the blocks of a matrix; with a bar where there is so much that it takes a while."""
     rows = range(0, shape[0], _BLOCK_ROWS)

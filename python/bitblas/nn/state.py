@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from .. import packing
 from ..codecs.weight import parse_format_tensor
 from ..config import MatmulConfig
 from ..errors import ArgumentError
 from ..layout import PackedLayout
+from ..relaying import repack
 
 #: Dtypes that a layer may be changed to.
 FLOATS = ("float16", "bfloat16", "float32")
@@ -27,7 +27,7 @@ def relay(weight: torch.Tensor, source: PackedLayout, target: PackedLayout) -> t
     """A weight from one layout to another, exactly, in its dtype; the weight itself where the layouts are equal."""
     if source == target or weight.is_meta:
         return weight
-    return packing.repack(weight.detach(), source, target).view(weight.dtype)
+    return repack(weight.detach(), source, target).view(weight.dtype)
 
 
 def followed_dtype(config: MatmulConfig) -> torch.dtype:

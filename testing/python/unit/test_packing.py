@@ -66,19 +66,6 @@ def test_packed_is_the_bit_stream_of_the_reference(name, N, K):
     assert torch.equal(packing.unpack(stream, layout), codes)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("N", "K"), LANE_SHAPES)
-def test_repack(name, N, K):
-    bits = FORMATS[name].bits
-    _, codes = draw_codes(N, K, bits)
-    rows, lanes = PackedLayout(N, K, bits, "packed"), PackedLayout(N, K, bits, "lanes")
-    packed = packing.pack(codes, rows)
-    moved = packing.repack(packed, rows, lanes)
-    assert torch.equal(moved, packing.pack(codes, lanes))
-    assert torch.equal(packing.repack(moved, lanes, rows), packed)
-    assert torch.equal(packing.repack(packed, rows, rows), packed)
-
-
 @pytest.mark.parametrize("bits", [1, 3, 4, 7, 8, 16])
 def test_more_rows_than_are_packed_at_a_time(bits):
     N, K = 2 * packing._BLOCK_ROWS + 16, 16
