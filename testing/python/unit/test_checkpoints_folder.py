@@ -195,6 +195,48 @@ def test_a_file_that_is_damaged(tmp_path):
         open_shards(tmp_path)
 
 
+def header(folder, text):
+    """A file with a header of somebody's own, and 16 bytes of data."""
+    path = folder / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(16))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data_offsets": ["a", "b"]},
+        {"data_offsets": [0.0, 8.0]},
+        {"data_offsets": [-8, 8]},
+        {"data_offsets": [8, 0]},
+        {"data_offsets": [0, True]},
+        {"data_offsets": [0, 8, 16]},
+        {"data_offsets": [0, 10**40]},
+        {"data_offsets": 8},
+        {"shape": "ab"},
+        {"shape": [-2, -2]},
+        {"dtype": 16},
+        {"dtype": "Q5"},
+    ],
+    ids=str,
+)
+def test_a_header_that_is_damaged(tmp_path, changed):
+    entry = {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8], **changed}
+    path = header(tmp_path, json.dumps({"x": entry}))
+    with pytest.raises(CheckpointError, match=f"^{path} "):
+        open_shards(tmp_path)
+
+
+def test_json_that_is_nested_too_deeply(tmp_path):
+    deep = '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"
+    path = header(tmp_path, deep)
+    with pytest.raises(CheckpointError, match=f"{path} is damaged.*header"):
+        open_shards(tmp_path)
+    (tmp_path / "config.json").write_text(deep, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+        read_layers(tmp_path)
+
+
 def test_a_tensor_that_is_there_twice(tmp_path):
     for file in ("one.safetensors", "two.safetensors"):
         save_file({"x": torch.zeros(3), file: torch.zeros(1)}, tmp_path / file)
