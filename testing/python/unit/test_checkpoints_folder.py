@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from bitblas import CheckpointError
-from bitblas.checkpoints import LayerSpec, make_config, open_shards, parse_config, read_layers, read_weights
+from bitblas.checkpoints import LayerSpec, make_config, open_shards, parse_config, read_layers, read_weights, unpack
 from bitblas.codecs import QuantizedWeight, format_tensor
 
 SPECS = {
@@ -128,6 +128,34 @@ def test_tensors_that_are_wrong(tmp_path, changed, message):
     write(tmp_path, changed)
     with pytest.raises(CheckpointError, match=message):
         list(read_weights(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"d.qweight": bytes_of(16, 31)}, r"d.qweight in .*model.safetensors is .* config.json has no layer d$"),
+        ({"x.d.format": bytes_of(16)}, r"x.d.format in .*model.safetensors is .* config.json has no layer x.d$"),
+        ({"c.qweight": None}, "has no tensor c.qweight, which config.json says is there"),
+        ({"b.zeros": bytes_of(1, 8)}, r"b.zeros in .*model.safetensors is there, and config.json says .* has none"),
+        ({"a.perm": torch.arange(64).int()}, r"a.perm in .*model.safetensors is there, and config.json says"),
+    ],
+)
+def test_tensors_and_entries_that_do_not_go_together(tmp_path, changed, message):
+    src = tmp_path / "src"
+    src.mkdir()
+    write(src, changed)
+    for read in (read_layers, lambda folder: list(read_weights(folder)), lambda folder: unpack(folder, tmp_path / "u")):
+        with pytest.raises(CheckpointError, match=message):
+            read(src)
+
+
+def test_an_entry_that_is_missing(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    write(src, config=make_config({name: spec for name, spec in SPECS.items() if name != "b"}))
+    with pytest.raises(CheckpointError, match=r"b.(qweight|format) in .*model.safetensors .* has no layer b$"):
+        unpack(src, tmp_path / "u")
+    assert not (tmp_path / "u").exists()
 
 
 def test_one_group_by_either_name(tmp_path):

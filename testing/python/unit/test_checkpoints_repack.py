@@ -1,6 +1,7 @@
 """Folders repacked and unpacked: values, files, what is refused, and that nothing half-made is left."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -888,6 +889,22 @@ def test_unpack_refuses(tmp_path):
     with pytest.raises(CheckpointError, match=f"has no tensor {Q}.scales"):
         unpack(tmp_path / "ours", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(("dtype", "part"), [("bfloat16", "scales"), ("float32", "scales"), ("float32", "bias")])
+@pytest.mark.parametrize("verify", [True, False])
+def test_values_that_a_dtype_cannot_hold(tmp_path, dtype, part, verify):
+    packer = functools.partial(folders.dense_layer, dtype=getattr(torch, dtype))
+    tensors, _ = folders.model(packer, bias=True)
+    tensors[f"{Q}.{'weight' if part == 'scales' else 'bias'}"] *= 1e6
+    src = folders.write(tmp_path / "src", tensors)
+    repack(src, tmp_path / "ours", W_dtype="uint4", group_size=32)
+    with pytest.raises(CheckpointError, match=rf"{Q}.{part} in .* float16 cannot hold: .*--dtype bfloat16"):
+        unpack(tmp_path / "ours", tmp_path / "back", verify=verify)
+    assert not (tmp_path / "back").exists()
+    unpack(tmp_path / "ours", tmp_path / "back", dtype="bfloat16", verify=verify)
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in found.values())
 
 
 def test_the_spec_is_what_json_says(tmp_path):
