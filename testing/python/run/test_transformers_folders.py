@@ -15,8 +15,10 @@ from benchmark import model as benchmark_of_models
 from safetensors.torch import load_file, save_file
 
 import bitblas
+import checkpoint_folders as foreign
 import tiny_models
 from bitblas import env
+from bitblas.checkpoints import repack, unpack
 from documents import CONSOLE, PYTHON, blocks
 from tiny_models import UINT4
 
@@ -133,6 +135,46 @@ def test_a_weight_of_another_shape(spoiled):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with pytest.raises(bitblas.CheckpointError, match=rf"{LAYER}.qweight is in no file .* or has another shape"):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, ignore_mismatched_sizes=True)
+
+
+# -- folders of other projects ---------------------------------------------------------------------------------------------
+
+FOREIGN = {
+    "gptq": (foreign.gptq_layer, {}, foreign.gptq_config()),
+    "gptq, act-order": (foreign.gptq_layer, {"act_order": True}, foreign.gptq_config(act_order=True)),
+    "awq": (foreign.awq_layer, {}, foreign.awq_config()),
+    "compressed-tensors": (foreign.compressed_layer, {}, foreign.compressed_config()),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_repacked_and_loaded_and_unpacked(tmp_path, kind):
+    """A whole model of each kind, packed from its documentation, beside float64, and the dense folder that it is unpacked to.
+
+    The bound is what the dense model, in float32, is off by; with weights as large as these, about 5e-6 of the largest logit.
+    """
+    pack, options, said = FOREIGN[kind]
+    exact = tiny_models.dense("llama")
+    tensors = {key: tensor.half() for key, tensor in exact.state_dict().items()}
+    for seed, (name, (k, n, _)) in enumerate(tiny_models.linears(exact).items()):
+        parts, weight = pack(n, k, seed=seed, **options)
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        exact.get_submodule(name).weight.data = torch.from_numpy(weight)
+    config = {**exact.config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "float16"}
+    folder = foreign.write(tmp_path / "theirs", tensors, said, shards=2, config=config)
+    repack(folder, tmp_path / "ours")
+    unpack(tmp_path / "ours", tmp_path / "dense", dtype="float32")
+
+    ids = tiny_models.tokens()
+    model = bitblas.load_model(tmp_path / "ours", dtype=torch.float32, device="cpu")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = exact(ids).logits
+        most = 3 * (dense(ids).logits.double() - wanted).abs().max()  # as in test_transformers.py
+        assert most <= 5e-5 * wanted.abs().max()
+        assert (model(ids).logits.double() - wanted).abs().max() <= most
+    assert len(layers(model)) == 14
 
 
 # -- load_model ------------------------------------------------------------------------------------------------------------
