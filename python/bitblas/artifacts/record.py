@@ -166,7 +166,7 @@ def parse_manifest(content: bytes, key: str) -> dict[str, Any]:
     """Return the manifest of `key` that `content` is; raise DamagedError where it is not what `write_manifest` wrote."""
     try:
         manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA or manifest.get("key") != key:
         raise DamagedError(f"{MANIFEST} does not describe this artifact")

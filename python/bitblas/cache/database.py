@@ -243,7 +243,7 @@ def parse_saved(content: bytes) -> dict[str, Any]:
     """The record that the content of a file of the index is; DamagedError where it is not what was written."""
     try:
         record: dict[str, Any] = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"it cannot be read: {error}") from error
     try:
         checksum = record.pop("checksum")

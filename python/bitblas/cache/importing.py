@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..artifacts import ArtifactStore, artifact_key
 from ..artifacts.process import takes_files
@@ -22,6 +22,9 @@ from ..ops.provider import store
 from ..tuner.record import parse_record
 from .bundle import INDEX, KIND, MODES, NAMES, SCHEMA, check_toolchain
 from .database import parse_saved, saved_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _MOST_BYTES = 256 << 20  # of a member; a library has some hundred kilobytes
 _MOST_TEXT = 16 << 20  # of one that is parsed
@@ -95,6 +98,18 @@ def _fail(name: str, problem: str) -> DamagedError:
     return DamagedError(f"{name!r} {problem}")
 
 
+class _Plain(tarfile.TarInfo):
+    """A header of a plain file: any other is refused before tarfile acts on it, as on one that says where the next name is."""
+
+    @classmethod
+    def frombuf(cls, *args: Any, **kwargs: Any) -> Self:
+        """Read a header; raise DamagedError where it is of another kind."""
+        member = super().frombuf(*args, **kwargs)
+        if member.type != tarfile.REGTYPE or member.size < 0:
+            raise _fail(member.name, "is no plain file")
+        return member
+
+
 class _Bundle:
     """An open bundle, verified whole when it is made.
 
@@ -110,9 +125,11 @@ class _Bundle:
 
     def __init__(self, file: IO[bytes]) -> None:
         try:
-            self._archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it owns nothing: the file is the caller's
+            self._archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Plain)  # noqa: SIM115 - the file is the caller's
         except tarfile.TarError as error:
             raise DamagedError(f"it is no bundle of operators ({error})") from error
+        except DamagedError as error:
+            raise DamagedError(f"it is no bundle of operators: it does not begin with {INDEX!r} ({error})") from error
         self.members = self._read_index()
         self._found: dict[str, tarfile.TarInfo] = {}
         texts = self._verify()
@@ -135,7 +152,7 @@ class _Bundle:
             checksum = index.pop("checksum")
             intact = checksum == artifact_key(index)
             schema, kind, made, members = (index[name] for name in ("schema", "kind", "toolchain", "members"))
-        except (ValueError, KeyError, TypeError, AttributeError, BitBLASError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BitBLASError) as error:
             raise _fail(INDEX, f"is not the index of a bundle: {error}") from error
         if not intact or not isinstance(made, dict) or not isinstance(members, dict):
             raise _fail(INDEX, "is not what was written")
@@ -210,7 +227,7 @@ class _Bundle:
             manifest = parse_manifest(texts[name], key)
             made = manifest["toolchain"]
             named = artifact_key({**manifest["plan"], "toolchain": made})
-        except (DamagedError, KeyError, TypeError, BitBLASError) as error:
+        except (DamagedError, KeyError, TypeError, RecursionError, BitBLASError) as error:
             raise _fail(name, f"is not the manifest of an operator: {error}") from error
         if named != key:
             raise _fail(name, "describes another operator than its key says")
@@ -233,7 +250,7 @@ class _Bundle:
                 record = parse_saved(content)
                 made = record["toolchain"]
                 right = name == f"operators/{saved_name(record)}" and record["key"] in self.manifests
-        except (DamagedError, KeyError, TypeError, BitBLASError) as error:
+        except (DamagedError, KeyError, TypeError, RecursionError, BitBLASError) as error:
             raise _fail(name, f"is not what was written: {error}") from error
         if not right:
             raise _fail(name, "has no place in this bundle")
@@ -278,9 +295,7 @@ def _check_listed(name: str, listed: object) -> None:
 
 
 def _check_plain(member: tarfile.TarInfo) -> None:
-    """Refuse what only looks like a file of ours: links, devices, sparse files, those of another owner or mode."""
-    if member.type != tarfile.REGTYPE or member.pax_headers:
-        raise _fail(member.name, "is no plain file")
+    """Refuse what only looks like a file of ours: those of another owner or mode. `_Plain` refuses links and devices."""
     if (member.uid, member.gid, member.uname, member.gname) != (0, 0, "", ""):
         raise _fail(member.name, f"belongs to somebody ({member.uname or member.uid}): no member of a bundle does")
     if member.mode not in MODES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints import open_shards, read_layers, read_weight
+from ..checkpoints import open_folder, read_weight
 from ..checkpoints.shards import read_json
 from ..config import DEFAULT_BUCKETS, MatmulConfig
 from ..errors import BitBLASError, CheckpointError
@@ -31,7 +31,7 @@ def configs_of_model(
     CheckpointError
         The folder is none of ours, or damaged; or a layer has no operator.
     """
-    layers, shards = read_layers(folder), open_shards(Path(folder))
+    layers, shards = open_folder(folder)
     described = read_json(Path(folder) / "config.json")
     said = A_dtype or described.get("dtype") or described.get("torch_dtype")
     found: dict[MatmulConfig, list[str]] = {}

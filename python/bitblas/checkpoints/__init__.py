@@ -1,7 +1,7 @@
 """Whole folders of models: read, converted, verified, written."""
 
 from .convert import Summary
-from .folder import read_layers, read_weight, read_weights
+from .folder import open_folder, read_layers, read_weight, read_weights
 from .repack import repack
 from .shards import Shards, open_shards
 from .spec import LayerSpec, make_config, parse_config
@@ -12,6 +12,7 @@ __all__ = [
     "Shards",
     "Summary",
     "make_config",
+    "open_folder",
     "open_shards",
     "parse_config",
     "read_layers",

@@ -14,20 +14,49 @@ from .shards import Shards, open_shards, read_json
 from .spec import LayerSpec, parse_config
 
 
+def open_folder(folder: str | Path) -> tuple[dict[str, LayerSpec], Shards]:
+    """The quantized layers of one of our folders, by name, and the tensors: of each layer, those that its entry says, and no
+    layer's without an entry.
+
+    Raises
+    ------
+    CheckpointError
+        It is no such folder, or damaged as far as headers tell; or config.json and the tensors do not go together.
+    """
+    layers, shards = _parse_folder(Path(folder) / "config.json"), open_shards(Path(folder))
+    for tensor in shards.infos:
+        name, _, part = tensor.rpartition(".")
+        if part in ("qweight", "format") and name not in layers:
+            raise CheckpointError(f"{shards.where(tensor)} is a quantized layer's, and config.json has no layer {name}")
+    for name, spec in layers.items():
+        has = {"qweight": True, "scales": True, "format": True, "zeros": spec.zeros_mode is not None}
+        for part, wanted in {**has, "perm": spec.act_order}.items():
+            tensor = f"{name}.{part}"
+            if wanted and tensor not in shards:
+                raise CheckpointError(f"{shards.folder} has no tensor {tensor}, which config.json says is there")
+            if not wanted and tensor in shards:
+                raise CheckpointError(f"{shards.where(tensor)} is there, and config.json says that the layer has none")
+    return layers, shards
+
+
 def read_layers(folder: str | Path) -> dict[str, LayerSpec]:
     """The quantized layers of one of our folders, by name.
 
     Parameters
     ----------
     folder : str or Path
-        What `repack` made: a directory with a `config.json`.
+        What `repack` made: a directory with a `config.json` and safetensors files.
 
     Raises
     ------
     CheckpointError
-        It is no such folder, or its `quantization_config` is malformed or of a newer version.
+        It is no such folder, its `quantization_config` is malformed or of a newer version, or the tensors are those of
+        other layers.
     """
-    path = Path(folder) / "config.json"
+    return open_folder(folder)[0]
+
+
+def _parse_folder(path: Path) -> dict[str, LayerSpec]:
     config = read_json(path)
     if "quantization_config" not in config:
         raise CheckpointError(f"{path} has no quantization_config: the model is not quantized")
@@ -102,6 +131,6 @@ def read_weights(folder: str | Path) -> Iterator[tuple[str, QuantizedWeight]]:
     CheckpointError
         The folder or a tensor is not what it should be.
     """
-    layers, shards = read_layers(folder), open_shards(Path(folder))
+    layers, shards = open_folder(folder)
     for name, spec in layers.items():
         yield name, read_weight(shards, name, spec)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class Method:
         The codec: tensors and facts to a `QuantizedWeight`.
     reference : callable
         The same for the verification.
+    check : callable
+        Takes the facts of a layer and which of its tensors there are; raises ValueError where the config says otherwise.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Method:
     facts: Callable[[Mapping[str, tuple[int, ...]], int], Facts]
     decode: Callable[[Tensors, Facts], QuantizedWeight]
     reference: Callable[[Tensors, Facts], verify.Reference]
+    check: Callable[[Facts, Collection[str]], None] = lambda facts, parts: None
 
 
 def parse_method(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...] | None]:
@@ -69,23 +73,45 @@ def parse_method(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...] | N
 
 
 def _parse_gptq(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...] | None]:
-    layout = str(config.get("checkpoint_format") or "gptq").lower()
-    if layout not in ("gptq", "gptq_v2"):
-        raise CheckpointError(f"checkpoint_format is {layout!r}; expected 'gptq' or 'gptq_v2'")
-    version = 1 if layout == "gptq" else 2
-    bits = _bits(config, "bits", (2, 3, 4, 8))
+    version = _gptq_version(config)
+    bits, group = _bits(config, "bits", (2, 3, 4, 8)), _group_size(config, "group_size")
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError(f"dynamic is {dynamic!r}; expected an object")
+    for part in (config, *(override for override in dynamic.values() if isinstance(override, Mapping))):
+        for key in ("adapter", "lora"):
+            if part.get(key):
+                raise CheckpointError(f"{key} is {part[key]!r}; what is added to quantized layers is not known")
+    sym = True if config.get("sym") is True and not dynamic else None
+
+    def check(facts: Facts, parts: Collection[str]) -> None:
+        if dynamic:  # which may say something else of any layer
+            return
+        _check_groups(facts, group)
+        if config.get("desc_act") and "g_idx" not in parts and facts.groups > 1:
+            raise ValueError("it has no g_idx, and desc_act is true: which columns share a scale is not known")
 
     def decode(tensors: Tensors, facts: Facts) -> QuantizedWeight:
         qweight, qzeros, scales = _all_of(tensors, "qweight", "qzeros", "scales")
-        return from_gptq(
-            qweight, qzeros, scales, tensors["g_idx"], facts.bits, version, bias=tensors["bias"], zeros_mode=None
-        )
+        order, bias = tensors["g_idx"], tensors["bias"]
+        return from_gptq(qweight, qzeros, scales, order, facts.bits, version, sym=sym, bias=bias)
 
     def reference(tensors: Tensors, facts: Facts) -> verify.Reference:
         return verify.gptq_reference(tensors, facts.bits, version)
 
-    method = Method("gptq", ("qweight", "qzeros", "scales"), ("g_idx", "bias"), _gptq_facts, decode, reference)
-    return method, None if config.get("dynamic") else (bits,)
+    method = Method("gptq", ("qweight", "qzeros", "scales"), ("g_idx", "bias"), _gptq_facts, decode, reference, check)
+    return method, None if dynamic else (bits,)
+
+
+def _gptq_version(config: Mapping[str, Any]) -> int:
+    """How zero points are stored, by either of the two names that GPTQModel has for it."""
+    found = {key: str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key)}
+    for key, layout in found.items():
+        if layout not in ("gptq", "gptq_v2"):
+            raise CheckpointError(f"{key} is {layout!r}; expected 'gptq' or 'gptq_v2'")
+    if len(set(found.values())) > 1:
+        raise CheckpointError(f"checkpoint_format is {found['checkpoint_format']!r}, and format {found['format']!r}")
+    return 2 if "gptq_v2" in found.values() else 1
 
 
 def _gptq_facts(shapes: Mapping[str, tuple[int, ...]], bits: int) -> Facts:
@@ -102,6 +128,7 @@ def _parse_awq(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...] | Non
     if version != "gemm":
         raise CheckpointError(f"version is {version!r}; expected 'gemm'")
     bits = _bits(config, "w_bit" if "w_bit" in config else "bits", (4,))
+    group = _group_size(config, "q_group_size" if "q_group_size" in config else "group_size")
 
     def decode(tensors: Tensors, facts: Facts) -> QuantizedWeight:
         qweight, qzeros, scales = _all_of(tensors, "qweight", "qzeros", "scales")
@@ -114,7 +141,10 @@ def _parse_awq(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...] | Non
     def reference(tensors: Tensors, facts: Facts) -> verify.Reference:
         return verify.awq_reference(tensors)
 
-    return Method("awq", ("qweight", "qzeros", "scales"), ("bias",), facts, decode, reference), (bits,)
+    def check(facts: Facts, parts: Collection[str]) -> None:
+        _check_groups(facts, group)
+
+    return Method("awq", ("qweight", "qzeros", "scales"), ("bias",), facts, decode, reference, check), (bits,)
 
 
 def _parse_compressed(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...] | None]:
@@ -122,6 +152,9 @@ def _parse_compressed(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...
         raise CheckpointError(f"format is {config.get('format')!r}; expected 'pack-quantized'")
     if config.get("sparsity_config"):
         raise CheckpointError("sparsity_config is given; sparse weights are not known")
+    transforms = config.get("transform_config")
+    if any(transforms.values()) if isinstance(transforms, Mapping) else transforms:
+        raise CheckpointError("transform_config is given; rotations of activations and weights are not known")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"config_groups is {groups!r}; expected an object with a group or more")
@@ -174,6 +207,25 @@ def _bits(config: Mapping[str, Any], key: str, allowed: tuple[int, ...]) -> int:
     if type(bits) is not int or bits not in allowed:
         raise CheckpointError(f"{key} is {bits!r}; expected one of {', '.join(map(str, allowed))}")
     return bits
+
+
+def _group_size(config: Mapping[str, Any], key: str) -> int | None:
+    """None where nothing is said."""
+    group = config.get(key)
+    if group is not None and (type(group) is not int or (group < 1 and group != -1)):
+        raise CheckpointError(f"{key} is {group!r}; expected -1 or a positive integer")
+    return group
+
+
+def _check_groups(facts: Facts, group: int | None) -> None:
+    """Raise ValueError unless a layer has the groups that its config says."""
+    if group is None:
+        return
+    expected = 1 if group == -1 else ceil(facts.k / group)
+    if facts.groups != expected:
+        raise ValueError(
+            f"its scales are of {facts.groups} groups of its {facts.k} columns; group_size is {group} in config.json"
+        )
 
 
 def _all_of(tensors: Tensors, *names: str) -> list[torch.Tensor]:
@@ -242,6 +294,7 @@ def _facts_of(source: Shards, name: str, method: Method, bits: tuple[int, ...] |
                 )
     try:
         facts = method.facts(shapes, _likely_bits(source, name, method, bits))
+        method.check(facts, [part for part in method.optional if f"{name}.{part}" in source])
     except ValueError as error:
         raise CheckpointError(f"{source.where(f'{name}.{main}')}: {error}") from error
     if bits is not None and facts.bits not in bits:

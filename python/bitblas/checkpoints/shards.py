@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no object")
@@ -187,13 +187,10 @@ def _read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{path} is truncated, or no safetensors file: it ends within its header")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        infos = {
-            name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
+        infos = {name: _parse_info(file, entry) for name, entry in header.items()}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged, or no safetensors file: its header cannot be read: {error}"
         ) from error
@@ -204,3 +201,13 @@ def _read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
             )
     _opened(path)
     return infos
+
+
+def _parse_info(file: str, entry: Any) -> TensorInfo:
+    """An entry of a header; raises ValueError, KeyError or TypeError where it is none."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise ValueError(f"a tensor has dtype {dtype!r} and shape {shape!r}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)) or begin > end:
+        raise ValueError(f"a tensor has shape {shape} and offsets {[begin, end]}")
+    return TensorInfo(file, dtype, tuple(shape), begin, end)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
 from . import verify
 from .convert import Copy, Piece, Summary, Task, convert
-from .folder import read_layers, read_weight
+from .folder import open_folder, read_weight
 from .journal import check_folders
 from .layers import check_bias
-from .shards import Shards, open_shards, read_json
+from .shards import Shards, read_json
 from .spec import PARTS, LayerSpec
 from .writing import ShardWriter
 
@@ -40,10 +40,24 @@ class UnpackedLayer:
     def write(self, source: Shards, writer: ShardWriter) -> dict[str, Any]:
         """Dequantize it."""
         weight = read_weight(source, self.name, self.spec)
-        writer.add(f"{self.name}.weight", weight.dequantize(self.dtype))
+        dense = weight.dequantize(self.dtype)
+        if not dense.isfinite().all():
+            self._fail(source, "scales")
+        writer.add(f"{self.name}.weight", dense)
         if weight.bias is not None:
-            writer.add(f"{self.name}.bias", weight.bias.to(self.dtype))
+            bias = weight.bias.to(self.dtype)
+            if not bias.isfinite().all():
+                self._fail(source, "bias")
+            writer.add(f"{self.name}.bias", bias)
         return self.spec.to_json()
+
+    def _fail(self, source: Shards, part: str) -> NoReturn:
+        """Say that values are too large for the dtype, or were no numbers."""
+        name = str(self.dtype).removeprefix("torch.")
+        reason = f"{source.where(f'{self.name}.{part}')} gives values that {name} cannot hold"
+        if self.dtype is torch.float16 and source.get(f"{self.name}.{part}").isfinite().all():
+            reason += ": take another dtype (--dtype bfloat16)"
+        raise CheckpointError(reason)
 
     def check(self, source: Shards, made: Shards, note: Any) -> None:
         """Compare it with the values that its codes stand for, rounded to the dtype."""
@@ -76,14 +90,14 @@ def unpack(src: str | Path, dst: str | Path, *, dtype: str = "float16", verify: 
     ArgumentError
         An argument is not allowed.
     CheckpointError
-        `src` is damaged or none of ours, `dst` holds something else or cannot be written.
+        `src` is damaged or none of ours, a value is beyond `dtype`, or `dst` holds something else or cannot be written.
     """
     source_path, target = Path(src), Path(dst)
     if dtype not in _DTYPES:
         raise ArgumentError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
     check_folders(source_path, target)
-    config, specs = read_json(source_path / "config.json"), read_layers(source_path)
-    source = open_shards(source_path)
+    config = read_json(source_path / "config.json")
+    specs, source = open_folder(source_path)
     layers: list[Piece] = []
     for name, spec in specs.items():
         inputs = tuple(f"{name}.{part}" for part in PARTS if f"{name}.{part}" in source)

@@ -139,7 +139,7 @@ def parse_record(content: bytes) -> dict[str, Any]:
     """The record that the content of a file is; DamagedError where it is none, or not what was written."""
     try:
         record = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"it is not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("buckets"), dict):
         raise DamagedError("it is no tuning record")

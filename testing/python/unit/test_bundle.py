@@ -333,7 +333,7 @@ BAD = {
     "directory": (lambda found: link(found, tarfile.DIRTYPE), r"'artifacts/\w+/kernel\.so' is no plain file"),
     "extended": (
         lambda found: attribute(found, pax_headers={"SCHILY.xattr.user.x": "y"}),
-        r"'artifacts/\w+/kernel\.so' is no plain file",
+        r"'\./\./@PaxHeader' is no plain file",
     ),
     "owner": (lambda found: attribute(found, uid=1000), r"'artifacts/\w+/kernel\.so' belongs to somebody \(1000\)"),
     "owner's name": (lambda found: attribute(found, uname="eve"), r"kernel\.so' belongs to somebody \(eve\)"),
@@ -409,6 +409,68 @@ def test_another_archive(tmp_path, elsewhere):
         archive.add(__file__, "test.py")
     with pytest.raises(ArtifactError, match=r"does not begin with 'bundle\.json'"):
         import_bundle(tmp_path / "a.tar")
+
+
+def nested(depth=100_000):
+    return b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+
+
+def deep_member(ending):
+    """A record that nests deeply, and that the index knows."""
+
+    def change(found):
+        place = place_of(found, ending)
+        member, content = found[place][0], nested()
+        member.size = len(content)
+        found[place] = (member, content)
+        listed = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        reindexed(lambda index: index["members"][member.name].update(listed))(found)
+
+    return change
+
+
+@pytest.mark.parametrize("ending", ["manifest.json", "tuning"])
+def test_records_that_nest_deeply(bundle, elsewhere, ending):
+    name = next(m.name for m, _ in members(bundle) if m.name.endswith(ending) or m.name.startswith(f"{ending}/"))
+    rewrite(bundle, deep_member(name))
+    with pytest.raises(ArtifactError, match=f"two.tar: '{name}' is not "):
+        import_bundle(bundle)
+    assert not elsewhere.exists()
+
+
+def test_an_index_that_nests_deeply(tmp_path, elsewhere):
+    content, path = nested(), tmp_path / "a.tar"
+    with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as archive:
+        member = tarfile.TarInfo(INDEX)
+        member.size, member.mode = len(content), 0o444
+        archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ArtifactError, match=r"a\.tar: 'bundle\.json' is not the index of a bundle"):
+        import_bundle(path)
+    assert not elsewhere.exists()
+
+
+@pytest.mark.parametrize("kind", "xgLKSVDNM", ids=str)
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_headers_that_are_for_tarfile_alone(bundle, elsewhere, kind, place):
+    """Names, sizes and maps of what follows are not even read, of whatever size they say they are."""
+    whole = bundle.read_bytes()
+    for size, content in (
+        (1 << 40, b""),
+        (-1, b""),
+        (None, b"19 GNU.sparse.map=1,\n"),
+        (None, b"22 GNU.sparse.size=x\n"),
+        (None, b"12 size=abc\n"),
+        (None, b"99999999999 path=a\n"),
+    ):
+        member = tarfile.TarInfo("header")
+        member.type, member.size, member.mode = kind.encode(), len(content) if size is None else size, 0o444
+        made = member.tobuf(tarfile.GNU_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+        with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+            end = max(m.offset_data + -(-m.size // 512) * 512 for m in archive) if place == "last" else 0
+        bundle.write_bytes(whole[:end] + made + whole[end:])
+        with pytest.raises(ArtifactError, match=r"two\.tar: .*'header' is no plain file"):
+            import_bundle(bundle)
+        assert not elsewhere.exists()
 
 
 def test_a_missing_file_is_an_os_error(tmp_path, elsewhere):

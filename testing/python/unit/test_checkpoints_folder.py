@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from bitblas import CheckpointError
-from bitblas.checkpoints import LayerSpec, make_config, open_shards, parse_config, read_layers, read_weights
+from bitblas.checkpoints import LayerSpec, make_config, open_shards, parse_config, read_layers, read_weights, unpack
 from bitblas.codecs import QuantizedWeight, format_tensor
 
 SPECS = {
@@ -130,6 +130,34 @@ def test_tensors_that_are_wrong(tmp_path, changed, message):
         list(read_weights(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"d.qweight": bytes_of(16, 31)}, r"d.qweight in .*model.safetensors is .* config.json has no layer d$"),
+        ({"x.d.format": bytes_of(16)}, r"x.d.format in .*model.safetensors is .* config.json has no layer x.d$"),
+        ({"c.qweight": None}, "has no tensor c.qweight, which config.json says is there"),
+        ({"b.zeros": bytes_of(1, 8)}, r"b.zeros in .*model.safetensors is there, and config.json says .* has none"),
+        ({"a.perm": torch.arange(64).int()}, r"a.perm in .*model.safetensors is there, and config.json says"),
+    ],
+)
+def test_tensors_and_entries_that_do_not_go_together(tmp_path, changed, message):
+    src = tmp_path / "src"
+    src.mkdir()
+    write(src, changed)
+    for read in (read_layers, lambda folder: list(read_weights(folder)), lambda folder: unpack(folder, tmp_path / "u")):
+        with pytest.raises(CheckpointError, match=message):
+            read(src)
+
+
+def test_an_entry_that_is_missing(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    write(src, config=make_config({name: spec for name, spec in SPECS.items() if name != "b"}))
+    with pytest.raises(CheckpointError, match=r"b.(qweight|format) in .*model.safetensors .* has no layer b$"):
+        unpack(src, tmp_path / "u")
+    assert not (tmp_path / "u").exists()
+
+
 def test_one_group_by_either_name(tmp_path):
     write(tmp_path, {"c.format": format_tensor("nf4", 5)})
     assert dict(read_weights(tmp_path))["c"].group_size == -1
@@ -193,6 +221,48 @@ def test_a_file_that_is_damaged(tmp_path):
     path.write_bytes(whole + b"more")
     with pytest.raises(CheckpointError, match=f"{path} cannot be read"):
         open_shards(tmp_path)
+
+
+def header(folder, text):
+    """A file with a header of somebody's own, and 16 bytes of data."""
+    path = folder / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(16))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data_offsets": ["a", "b"]},
+        {"data_offsets": [0.0, 8.0]},
+        {"data_offsets": [-8, 8]},
+        {"data_offsets": [8, 0]},
+        {"data_offsets": [0, True]},
+        {"data_offsets": [0, 8, 16]},
+        {"data_offsets": [0, 10**40]},
+        {"data_offsets": 8},
+        {"shape": "ab"},
+        {"shape": [-2, -2]},
+        {"dtype": 16},
+        {"dtype": "Q5"},
+    ],
+    ids=str,
+)
+def test_a_header_that_is_damaged(tmp_path, changed):
+    entry = {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8], **changed}
+    path = header(tmp_path, json.dumps({"x": entry}))
+    with pytest.raises(CheckpointError, match=f"^{path} "):
+        open_shards(tmp_path)
+
+
+def test_json_that_is_nested_too_deeply(tmp_path):
+    deep = '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"
+    path = header(tmp_path, deep)
+    with pytest.raises(CheckpointError, match=f"{path} is damaged.*header"):
+        open_shards(tmp_path)
+    (tmp_path / "config.json").write_text(deep, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+        read_layers(tmp_path)
 
 
 def test_a_tensor_that_is_there_twice(tmp_path):

@@ -1,6 +1,7 @@
 """Folders repacked and unpacked: values, files, what is refused, and that nothing half-made is left."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -427,6 +428,78 @@ def test_models_of_other_kinds(tmp_path, quantization, message):
     assert not (tmp_path / "dst").exists()
 
 
+SPOILED = {
+    "transforms": (
+        "compressed",
+        {"transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"]}]}}}},
+        None,
+        "config.json: transform_config is given; rotations",
+    ),
+    "format": ("gptq", {"checkpoint_format": None, "format": "marlin"}, None, "format is 'marlin'; expected 'gptq' or"),
+    "two formats": (
+        "gptq",
+        {"format": "gptq_v2"},
+        None,
+        "checkpoint_format is 'gptq', and format 'gptq_v2'",
+    ),
+    "adapter": ("gptq", {"adapter": {"name": "eora", "rank": 32}}, None, "adapter is {.*eora.*}; what is added to"),
+    "lora": ("gptq", {"dynamic": {"+:up": {"lora": {"rank": 4}}}}, None, "lora is {'rank': 4}; what is added to"),
+    "dynamic": ("gptq", {"dynamic": [3]}, None, r"dynamic is \[3\]; expected an object"),
+    "no order": (
+        "gptq act-order",
+        {},
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith("g_idx")],
+        r"down_proj.qweight in .*model.safetensors: it has no g_idx, and desc_act is true",
+    ),
+    "sym": ("gptq", {"sym": True}, None, r"down_proj.qzeros in .*model.safetensors holds zero points that are not 8"),
+    "groups": (
+        "gptq",
+        {"group_size": 64},
+        None,
+        r"down_proj.qweight in .*: its scales are of 4 groups of its 128 columns; group_size is 64 in config.json",
+    ),
+    "one group": ("gptq", {"group_size": -1}, None, "group_size is -1 in config.json"),
+    "no groups": ("gptq", {"group_size": 0}, None, "group_size is 0; expected -1 or a positive integer"),
+    "groups awq": ("awq", {"group_size": 128}, None, "group_size is 128 in config.json"),
+    "groups awq by their other name": ("awq", {"q_group_size": 16}, None, "group_size is 16 in config.json"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_what_a_config_asks_for(tmp_path, case):
+    """What is not known, or not so in the tensors, is refused, and nothing is left."""
+    kind, asked, change, message = SPOILED[case]
+    src, _ = source(tmp_path / "src", kind, change=change)
+    found = config(src)
+    found["quantization_config"] |= asked
+    (src / "config.json").write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        repack(src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        ("compressed", {"transform_config": {"config_groups": {}}}),
+        ("compressed", {"transform_config": None}),
+        ("gptq v2", {"checkpoint_format": None, "format": "gptq_v2"}),
+        ("gptq v2", {"format": "gptq_v2", "adapter": None, "lora": {}}),
+        ("gptq", {"group_size": 128, "sym": True, "dynamic": {"+:proj": {"group_size": 32, "sym": False}}}),
+        ("gptq sym", {"group_size": None}),
+    ],
+)
+def test_what_a_config_may_say(tmp_path, kind, asked):
+    src, dense = source(tmp_path / "src", kind)
+    found = config(src)
+    found["quantization_config"] |= asked
+    (src / "config.json").write_text(json.dumps(found), encoding="utf-8")
+    repack(src, tmp_path / "dst")
+    made = dict(read_weights(tmp_path / "dst"))
+    for name, wanted in dense.items():
+        assert np.array_equal(made[name].dequantize().numpy(), wanted.astype(np.float32))
+
+
 def test_pickled_weights(tmp_path):
     src, _ = source(tmp_path / "src")
     (src / "model.safetensors").rename(src / "pytorch_model.bin")
@@ -816,6 +889,22 @@ def test_unpack_refuses(tmp_path):
     with pytest.raises(CheckpointError, match=f"has no tensor {Q}.scales"):
         unpack(tmp_path / "ours", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(("dtype", "part"), [("bfloat16", "scales"), ("float32", "scales"), ("float32", "bias")])
+@pytest.mark.parametrize("verify", [True, False])
+def test_values_that_a_dtype_cannot_hold(tmp_path, dtype, part, verify):
+    packer = functools.partial(folders.dense_layer, dtype=getattr(torch, dtype))
+    tensors, _ = folders.model(packer, bias=True)
+    tensors[f"{Q}.{'weight' if part == 'scales' else 'bias'}"] *= 1e6
+    src = folders.write(tmp_path / "src", tensors)
+    repack(src, tmp_path / "ours", W_dtype="uint4", group_size=32)
+    with pytest.raises(CheckpointError, match=rf"{Q}.{part} in .* float16 cannot hold: .*--dtype bfloat16"):
+        unpack(tmp_path / "ours", tmp_path / "back", verify=verify)
+    assert not (tmp_path / "back").exists()
+    unpack(tmp_path / "ours", tmp_path / "back", dtype="bfloat16", verify=verify)
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in found.values())
 
 
 def test_the_spec_is_what_json_says(tmp_path):
