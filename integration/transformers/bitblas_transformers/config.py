@@ -9,6 +9,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitblas.checkpoints.spec import FORMAT_VERSION, QUANT_METHOD, LayerSpec, make_config, parse_config
+from bitblas.errors import ConfigError
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -42,6 +43,8 @@ class BitBLASConfig(QuantizationConfigMixin):
     ------
     CheckpointError
         `layers` are malformed, or of a newer version.
+    ConfigError
+        `group_size` is neither -1 nor a positive integer.
     """
 
     quant_method: str  # type: ignore[assignment]  # no member of their enum
@@ -57,6 +60,8 @@ class BitBLASConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
     ) -> None:
+        if type(group_size) is not int or (group_size < 1 and group_size != -1):
+            raise ConfigError(f"group_size is {group_size!r}; it must be -1 or a positive integer")
         self.quant_method = quant_method
         self.W_dtype, self.group_size, self.symmetric = W_dtype, group_size, symmetric
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)

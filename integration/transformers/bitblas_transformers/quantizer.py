@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from bitblas.checkpoints.spec import QUANT_METHOD, LayerSpec
+from bitblas.checkpoints import Shards
+from bitblas.checkpoints.spec import PARTS, QUANT_METHOD, LayerSpec
 from bitblas.codecs import format_tensor, parse_format_tensor
 from bitblas.codecs.rounding import quantize
 from bitblas.errors import ArgumentError, CheckpointError, ConfigError
@@ -62,11 +65,19 @@ class BitBLASHfQuantizer(HfQuantizer):
             return
         if self.quantization_config.layers is None:
             raise CheckpointError("quantization_config has no 'layers': it does not say what is quantized, and how")
+        shards, stored = _open_files(kwargs.get("checkpoint_files")), set[str]()
         for name, spec in self.quantization_config.layers.items():
             place = find_place(model, name)
+            if shards is not None:
+                found = next((other for other in _names(model, name) if f"{other}.qweight" in shards), name)
+                stored.add(found)
             if place is not None:
                 layer = empty_layer(name, model.get_submodule(place), spec, self.dtype)
+                if shards is not None:
+                    compare_with_files(found, layer, shards)
                 model.set_submodule(place, with_stand_in(layer))
+        if shards is not None:
+            check_named(shards, stored)
 
     def _choose(self, model: PreTrainedModel) -> frozenset[str]:
         """The layers to be rounded; raises ConfigError where the groups do not fit one."""
@@ -212,6 +223,42 @@ def empty_layer(name: str, dense: torch.nn.Module, spec: LayerSpec, dtype: torch
         raise CheckpointError(f"{name}: {error}") from error
 
 
+def compare_with_files(name: str, layer: Linear, shards: Shards) -> None:
+    """Hold a layer to its tensors in the files.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing, or has another shape, or the layer has none of its kind.
+    """
+    for part in PARTS:
+        tensor, buffer = f"{name}.{part}", dict(layer.named_buffers()).get(part)
+        if buffer is None:
+            if tensor in shards:
+                raise CheckpointError(f"{shards.where(tensor)} is there, and the model's layer has no {part}")
+            continue
+        if tensor not in shards:
+            raise CheckpointError(f"{tensor} is in no file of {shards.folder}")
+        if (shape := shards.infos[tensor].shape) != tuple(buffer.shape):
+            raise CheckpointError(f"{shards.where(tensor)} has shape {shape}; the model takes {tuple(buffer.shape)}")
+
+
+def check_named(shards: Shards, stored: set[str]) -> None:
+    """Raise CheckpointError where the files have a quantized layer that is not among the `stored` ones of config.json."""
+    for tensor in shards.infos:
+        name, _, part = tensor.rpartition(".")
+        if part in ("qweight", "format") and name not in stored:
+            raise CheckpointError(f"{shards.where(tensor)} is a quantized layer's, which config.json does not name")
+
+
+def _open_files(files: Sequence[str] | None) -> Shards | None:
+    """What is in the files of a model; None where they are not known, or none of safetensors."""
+    paths = [Path(file) for file in files or ()]
+    if not paths or any(path.suffix != ".safetensors" or path.parent != paths[0].parent for path in paths):
+        return None
+    return Shards(paths[0].parent, [path.name for path in paths])
+
+
 def with_stand_in(layer: Linear) -> Linear:
     """Give a layer a `weight` while a model is loaded: some models name those of their parts where they initialize them.
 
@@ -242,6 +289,10 @@ def lay_out(name: str, layer: Linear, spec: LayerSpec) -> None:
         found = parse_format_tensor(layer.get_buffer("format").cpu())
         if found != wanted:
             raise ArgumentError(f"format says {found}; config.json says {wanted}")
+        for part in ("scales", "zeros", "bias"):  # they come in the model's dtype
+            tensor = getattr(layer, part)
+            if tensor is not None and tensor.isinf().any():
+                raise ArgumentError(f"{part} holds values beyond {tensor.dtype}: load the model in another dtype")
         layer.load_packed_()
     except ArgumentError as error:
         raise CheckpointError(f"{name}.{error}") from error
@@ -259,13 +310,18 @@ def find_place(model: PreTrainedModel, name: str) -> str | None:
     CheckpointError
         It has no such layer, and should.
     """
-    prefix = f"{model.base_model_prefix}."
-    for place in (name, name.removeprefix(prefix), prefix + name):
+    for place in _names(model, name):
         try:
             model.get_submodule(place)
         except AttributeError:
             continue
         return place
-    if model.base_model is model and not name.startswith(prefix):
+    if model.base_model is model and not name.startswith(f"{model.base_model_prefix}."):
         return None
     raise CheckpointError(f"{name} is quantized in config.json; {type(model).__name__} has no such layer")
+
+
+def _names(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """What a layer may be called: with the name of the model's base, or without."""
+    prefix = f"{model.base_model_prefix}."
+    return name, name.removeprefix(prefix), prefix + name

@@ -22,11 +22,10 @@ from .writing import ShardWriter, as_bytes
 
 
 @dataclass(frozen=True)
-class ForeignLayer:
-    """A layer that another project quantized."""
+class MadeLayer:
+    """A layer that is written quantized: its name, what is known of it, and the tensors that it is made from."""
 
     name: str
-    method: Method
     facts: Facts
     inputs: tuple[str, ...]
 
@@ -37,8 +36,19 @@ class ForeignLayer:
 
     @property
     def max_bytes(self) -> int:
-        """Of all its tensors."""
-        return _max_bytes(self.facts)
+        """Of all its tensors, at most: scales are not known before they are read, and float32 at most."""
+        facts = self.facts
+        codes = facts.n * ceil(facts.k * facts.bits / 8)
+        scales = facts.n * facts.groups * 4
+        zeros = facts.groups * ceil(facts.n * facts.bits / 8)
+        return codes + scales + zeros + 4 * facts.k + 8 * facts.n + 4096
+
+
+@dataclass(frozen=True)
+class ForeignLayer(MadeLayer):
+    """A layer that another project quantized."""
+
+    method: Method
 
     def _tensors(self, source: Shards) -> dict[str, torch.Tensor | None]:
         return {part: source.find(f"{self.name}.{part}") for part in (*self.method.required, *self.method.optional)}
@@ -65,23 +75,10 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class DenseLayer:
+class DenseLayer(MadeLayer):
     """A dense layer that is rounded to the nearest code."""
 
-    name: str
     rounding: Rounding
-    facts: Facts
-    inputs: tuple[str, ...]
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Its tensors."""
-        return tuple(f"{self.name}.{part}" for part in PARTS)
-
-    @property
-    def max_bytes(self) -> int:
-        """Of all its tensors."""
-        return _max_bytes(self.facts)
 
     def write(self, source: Shards, writer: ShardWriter) -> dict[str, Any]:
         """Round it."""
@@ -93,14 +90,6 @@ class DenseLayer:
         weight = read_weight(made, self.name, LayerSpec.from_json(self.name, note))
         verify.check_rounding(self.name, source.get(f"{self.name}.weight"), weight)
         check_bias(self.name, source.find(f"{self.name}.bias"), weight.bias)
-
-
-def _max_bytes(facts: Facts) -> int:
-    """What a layer's tensors take at most: scales are not known before they are read, and float32 at most."""
-    codes = facts.n * ceil(facts.k * facts.bits / 8)
-    scales = facts.n * facts.groups * 4
-    zeros = facts.groups * ceil(facts.n * facts.bits / 8)
-    return codes + scales + zeros + 4 * facts.k + 8 * facts.n + 4096
 
 
 def add_weight(writer: ShardWriter, name: str, weight: QuantizedWeight) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ArgumentError, CheckpointError, UnsupportedError
-from .shards import read_json
+from .shards import Shards, open_shards, read_json
 from .spec import QUANT_METHOD, parse_config
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def load_model(
     Raises
     ------
     CheckpointError
-        The folder is none of ours, or damaged; of one that another library quantized the message says how to convert it.
+        The folder is none of ours, or damaged, or lacks a tensor of the model; of one that another library quantized the
+        message says how to convert it.
     ConfigError
         Activations cannot have the dtype.
     UnsupportedError
@@ -73,7 +75,26 @@ def load_model(
         named = getattr(transformers, name, None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             loader = named
-    return loader.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **options)
+    shards, wants_report = open_shards(folder), options.pop("output_loading_info", False)
+    may_differ = options.pop("ignore_mismatched_sizes", False)
+    model, report = loader.from_pretrained(
+        folder,
+        dtype="auto" if dtype is None else dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    if not may_differ:
+        _check_report(shards, report)
+    return (model, report) if wants_report else model  # type: ignore[return-value]  # what the option asks for
+
+
+def _check_report(shards: Shards, report: Mapping[str, Any]) -> None:
+    """Refuse what transformers fills with random numbers: tensors that no file has, or has in another shape."""
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise CheckpointError(f"{shards.where(name)} has shape {tuple(found)}; the model takes {tuple(wanted)}")
+    for name in sorted(report["missing_keys"]):
+        raise CheckpointError(f"{name} is in no file of {shards.folder}")
 
 
 def _check_method(folder: Path, config: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def _foreign_layers(source: Shards, config: Mapping[str, Any], folder: Path) -> 
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     parts = (*method.required, *method.optional)
     return [
-        ForeignLayer(name, method, facts, tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in source))
+        ForeignLayer(name, facts, tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in source), method)
         for name, facts in find_layers(source, method, bits).items()
     ]
 
@@ -156,7 +156,7 @@ def _dense_layers(source: Shards, rounding: Rounding, exclude: Sequence[str], co
         except ValueError as error:
             raise CheckpointError(f"{source.where(tensor)} {error}") from error
         inputs = (tensor, f"{name}.bias") if f"{name}.bias" in source else (tensor,)
-        layers.append(DenseLayer(name, rounding, facts, inputs))
+        layers.append(DenseLayer(name, facts, inputs, rounding))
     if not layers:
         raise CheckpointError(f"{source.folder} has no weight that would be rounded")
     return layers

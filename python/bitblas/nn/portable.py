@@ -14,7 +14,16 @@ from ..errors import ArgumentError
 from ..ops import Matmul
 from ..ops.bound import BoundMatmul
 from .operators import shared_operator, target_of
-from .state import check_kind, check_perm, follow_dtype, followed_dtype, format_conflict, packed_layout, relay
+from .state import (
+    cast_floats,
+    check_kind,
+    check_perm,
+    follow_dtype,
+    followed_dtype,
+    format_conflict,
+    packed_layout,
+    relay,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -116,8 +125,11 @@ class Portable(torch.nn.Module):
         if found is not None and not found.is_meta and not torch.equal(found.cpu(), expected):
             self._put("format", expected.to(found.device))
 
-    def _fit_dtypes(self, before: Mapping[str, torch.Tensor | None] | None = None) -> None:
-        """Bring scales, zero points and bias to the dtypes that the kernels take: from `before`, where they had them."""
+    def _fit_dtypes(self, before: Mapping[str, torch.Tensor | None] | None = None, *, exact: bool = False) -> None:
+        """Bring scales, zero points and bias to the dtypes that the kernels take: from `before`, where they had them.
+
+        `exact`: ArgumentError where a value becomes infinite.
+        """
         wanted = (self.config.scale_dtype, self.config.scale_dtype, self.config.bias_dtype)
         for name, dtype in zip(_FLOATING, (getattr(torch, name) for name in wanted), strict=True):
             tensor = self._tensor(name)
@@ -125,6 +137,8 @@ class Portable(torch.nn.Module):
                 continue
             had = (before or {}).get(name)
             source = had if had is not None and had.dtype is dtype and not had.is_meta else tensor
+            if exact:
+                cast_floats(name, source.detach(), dtype)
             self._put(name, source.detach().to(tensor.device, dtype))
 
     def load_packed_(self) -> Self:
@@ -133,14 +147,14 @@ class Portable(torch.nn.Module):
         Raises
         ------
         ArgumentError
-            `format` names another format, or `perm` is no permutation.
+            `format` names another format, `perm` is no permutation, or the layer's dtype cannot hold a value.
         """
         found = self._tensor("format")
         conflict = format_conflict(found, self._expected_format()) if found is not None else None
         if conflict:
             raise ArgumentError(conflict)
         self._choose(self.config, self.device)
-        self._fit_dtypes()
+        self._fit_dtypes(exact=True)
         self._set_perm(self.perm)
         self._put(self._weight_name, relay(self._weight, packed_layout(self.config), self._operator.layout))
         return self

@@ -63,11 +63,24 @@ def check_perm(perm: torch.Tensor, k: int) -> torch.Tensor:
     return perm
 
 
+def cast_floats(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in a dtype; raises ArgumentError where a finite value is beyond it."""
+    found = tensor.to(dtype)
+    if found is tensor or found.is_meta:
+        return found
+    lost = tensor[tensor.isfinite() & ~found.isfinite()]
+    if lost.numel():
+        raise ArgumentError(f"{name} holds {lost[0].item():g}, which {dtype} does not")
+    return found
+
+
 def check_kind(name: str, tensor: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Raise ArgumentError unless a tensor can stand for a buffer: a float for a float, bytes for bytes."""
+    """Raise ArgumentError unless a tensor can stand for a buffer: a float for a float that holds it, bytes for bytes."""
     both_floats = tensor.is_floating_point() and buffer.is_floating_point()
     if not both_floats and tensor.dtype not in (buffer.dtype, *_BYTES.get(buffer.dtype, ())):
         raise ArgumentError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; this layer takes {buffer.dtype}")
+    if both_floats:
+        cast_floats(name, tensor.detach(), buffer.dtype)
 
 
 def format_conflict(found: torch.Tensor, expected: torch.Tensor) -> str | None:
@@ -105,11 +118,9 @@ def fit_tensor(name: str, tensor: torch.Tensor, buffer: torch.Tensor | None, dev
         )
     if same_bytes:
         shaped = shaped.contiguous().view(torch.int8)
-    found = shaped.to(device, buffer.dtype, copy=True).contiguous()
-    lost = shaped.to(device)[shaped.to(device).isfinite() & ~found.isfinite()]
-    if lost.numel():
-        raise ArgumentError(f"{name} holds {lost[0].item():g}, which {buffer.dtype} does not")
-    return found
+    if both_floats:
+        cast_floats(name, shaped, buffer.dtype)
+    return shaped.to(device, buffer.dtype, copy=True).contiguous()
 
 
 def describe(n: int, k: int, w_dtype: str, groups: int, mode: str | None) -> str:

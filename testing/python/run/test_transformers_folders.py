@@ -1,5 +1,6 @@
 """Folders of models: damaged and foreign ones, `load_model`, the config, and what the documents do with them."""
 
+import functools
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import checkpoint_folders as foreign
 import tiny_models
 from bitblas import env
 from bitblas.checkpoints import repack, unpack
+from bitblas.codecs import format_tensor
 from documents import CONSOLE, PYTHON, blocks
 from tiny_models import UINT4
 
@@ -71,6 +73,14 @@ def lost(part):
     return change
 
 
+def put(part, tensor):
+    return lambda tensors, config: tensors.update({f"{LAYER}.{part}": tensor})
+
+
+def no_entry(tensors, config):
+    del config["layers"][LAYER]
+
+
 def no_order(tensors, config):
     config["layers"][LAYER] = {**config["layers"][LAYER], "act_order": True}
     tensors[f"{LAYER}.perm"] = torch.zeros(64, dtype=torch.int32)
@@ -111,6 +121,13 @@ def of_nothing(tensors, config):
         (no_format, rf"{LAYER}.format holds"),
         *((lost(part), rf"{LAYER}.{part} is in no file") for part in ("qweight", "scales", "zeros", "format")),
         (no_order, rf"{LAYER}.perm is no permutation of 0 to 63"),
+        (put("bias", torch.ones(160)), rf"{LAYER}.bias in .*model.safetensors is there, .* has no bias"),
+        (put("perm", torch.arange(64).int()), rf"{LAYER}.perm in .*model.safetensors is there, .* has no perm"),
+        (
+            put("scales", torch.ones(3, 3)),
+            rf"{LAYER}.scales in .*model.safetensors has shape \(3, 3\); the model takes \(160, 2\)",
+        ),
+        (no_entry, rf"{LAYER}.(format|qweight) in .*model.safetensors is .* which config.json does not name"),
         (of_uint8, rf"{LAYER}.qweight is torch.uint8; expected torch.int8"),
         (of_the_embedding, "model.embed_tokens is quantized in config.json; the model has a Embedding there"),
         (of_no_layer, "model.layers.7.mlp.up_proj is quantized in config.json; LlamaForCausalLM has no such layer"),
@@ -125,16 +142,46 @@ def test_a_folder_that_is_not_what_it_says(spoiled, change, message):
         AutoModelForCausalLM.from_pretrained(spoiled(change), dtype=torch.float32)
 
 
-def test_a_weight_of_another_shape(spoiled):
+@pytest.mark.parametrize("more", [{}, {"ignore_mismatched_sizes": True}])
+def test_a_weight_of_another_shape(spoiled, more):
     def change(tensors, config):
         tensors[f"{LAYER}.qweight"] = tensors[f"{LAYER}.qweight"][1:].contiguous()
 
-    folder = spoiled(change)
-    # transformers' own, after a report that names the tensor
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with pytest.raises(bitblas.CheckpointError, match=rf"{LAYER}.qweight is in no file .* or has another shape"):
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, ignore_mismatched_sizes=True)
+    with pytest.raises(bitblas.CheckpointError, match=rf"{LAYER}.qweight in .*model.safetensors has shape \(159, 32\)"):
+        AutoModelForCausalLM.from_pretrained(spoiled(change), dtype=torch.float32, **more)
+
+
+@pytest.mark.parametrize("part", ["scales", "zeros", "bias"])
+def test_values_beyond_the_dtype(spoiled, part):
+    """They are finite in the folder, and in bfloat16."""
+    name, layer = ("llama", LAYER) if part != "bias" else ("gpt2", "transformer.h.0.attn.c_attn")
+
+    def change(tensors, config):
+        if part == "zeros":
+            config["layers"][layer]["zeros_mode"] = "original"
+            tensors[f"{layer}.format"] = format_tensor("uint4", 32, "original")
+            tensors[f"{layer}.zeros"] = torch.full(tensors[f"{layer}.scales"].shape, 1e8)
+        else:
+            tensors[f"{layer}.{part}"] = tensors[f"{layer}.{part}"].float() * 0 + 1e8
+
+    folder = spoiled(change, name)
+    for load in (AutoModelForCausalLM.from_pretrained, functools.partial(bitblas.load_model, device="cpu")):
+        with pytest.raises(bitblas.CheckpointError, match=rf"{layer}.{part} holds values beyond torch.float16"):
+            load(folder, dtype=torch.float16)
+        load(folder, dtype=torch.bfloat16)
+
+
+def test_files_that_are_damaged(spoiled):
+    folder = spoiled(lambda tensors, config: None)
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    for load in (AutoModelForCausalLM.from_pretrained, bitblas.load_model):
+        with pytest.raises(bitblas.CheckpointError, match=rf"{path} is truncated"):
+            load(folder)
+    path.unlink()
+    with pytest.raises(bitblas.CheckpointError, match="has no weights"):
+        bitblas.load_model(folder)
 
 
 # -- folders of other projects ---------------------------------------------------------------------------------------------
@@ -192,6 +239,27 @@ def test_load_model(tiny):
     model = bitblas.load_model(str(tiny("llama").folder), device="cpu", attn_implementation="eager")
     assert model.dtype is torch.float16
     assert model.config._attn_implementation == "eager"
+
+
+def test_load_model_without_a_dense_tensor(spoiled):
+    folder = spoiled(lambda tensors, config: tensors.pop("model.norm.weight"))
+    with pytest.raises(bitblas.CheckpointError, match=rf"model.norm.weight is in no file of {folder}"):
+        bitblas.load_model(folder, device="cpu")
+
+
+def test_load_model_with_a_dense_tensor_of_another_shape(spoiled):
+    folder = spoiled(lambda tensors, config: tensors.update({"model.norm.weight": torch.ones(63)}))
+    message = r"model.norm.weight in .*model.safetensors has shape \(63,\); the model takes \(64,\)"
+    with pytest.raises(bitblas.CheckpointError, match=message):
+        bitblas.load_model(folder, device="cpu")
+    model, report = bitblas.load_model(folder, device="cpu", ignore_mismatched_sizes=True, output_loading_info=True)
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    assert report["mismatched_keys"]
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "opt"])
+def test_load_model_of_tied_weights(tiny, name):
+    assert layers(bitblas.load_model(tiny(name).folder, device="cpu"))
 
 
 def test_load_model_takes_one_place(tiny):
@@ -252,6 +320,14 @@ def test_a_warm_store_is_enough(tiny, tmp_path):
 
 
 # -- the config ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [0, -2, 32.0, "32", True, None])
+def test_groups_that_are_none(group_size):
+    with pytest.raises(
+        bitblas.ConfigError, match=rf"group_size is {group_size!r}; it must be -1 or a positive integer"
+    ):
+        BitBLASConfig(group_size=group_size)
 
 
 def test_a_config_survives_its_json():

@@ -190,6 +190,22 @@ def test_a_dense_weight_for_a_dense_layer():
     assert torch.equal(layer.bias, linear.bias.half())
 
 
+@pytest.mark.parametrize("name", ["scales", "zeros", "bias"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_values_beyond_the_dtype_are_refused(name, assign):
+    layer, _ = layer_and_problem(zeros_mode="original", A_dtype="float16", out_dtype="float16")
+    state, before = layer.state_dict(), state_of(layer)
+    assert before[name].dtype is torch.float16
+    large = {**state, name: torch.full(state[name].shape, 1e8)}
+    with pytest.raises(RuntimeError, match=f"{name} holds 1e\\+08, which torch.float16 does not"):
+        layer.load_state_dict(large, assign=assign)
+    assert same(state_of(layer), before)
+    layer.load_state_dict({**state, name: torch.full(state[name].shape, 1e4)}, assign=assign)
+    layer._buffers[name] = torch.full(state[name].shape, 1e8)
+    with pytest.raises(bitblas.ArgumentError, match=f"{name} holds 1e\\+08, which torch.float16 does not"):
+        layer.load_packed_()
+
+
 def test_without_a_format_the_bytes_are_believed():
     layer, _ = layer_and_problem()
     state = state_of(layer)
