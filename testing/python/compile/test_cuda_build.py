@@ -84,8 +84,6 @@ def test_a_call_without_a_card_is_refused_before_a_kernel_runs():
     a, w, scale = operands()
     with pytest.raises(ArgumentError, match=r"^A is on device cpu; this operator runs on cuda$"):
         op(a, w, scale)
-    with pytest.raises(ArgumentError, match=r"^W is on device cpu; this operator runs on cuda$"):
-        op(a.to("meta"), w, scale)
     with pytest.raises(ArgumentError, match=r"^A is on device meta; this operator runs on cuda$"):
         op(a.to("meta"), w.to("meta"), scale.to("meta"))
     # the launcher itself finds no driver, and says so

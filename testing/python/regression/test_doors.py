@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bitblas import ArgumentError, BuildError, ConfigError, Matmul, MatmulConfig, build, env
 from bitblas.cache import OperatorCache
@@ -21,8 +21,12 @@ def test_tensors_without_memory_are_refused(op):
     W = op.transform_weight(torch.ones(32, 64))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(torch.zeros(4, 64, dtype=torch.float16))
-        with pytest.raises(ArgumentError, match=r"^A is a FakeTensor; it must have data$"):
-            op(fake, W)
+        assert op(fake, W).shape == (4, 32)  # as fake as A
+    assert isinstance(op(fake, W), FakeTensor)
+    with FakeTensorMode() as mode:
+        unreal = mode.from_tensor(W)
+    with pytest.raises(ArgumentError, match=r"^W is a FakeTensor; it must have data$"):
+        op(torch.zeros(4, 64, dtype=torch.float16), unreal)
 
 
 def test_wrong_arguments(op):
