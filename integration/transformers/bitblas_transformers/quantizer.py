@@ -204,21 +204,7 @@ def empty_layer(name: str, dense: torch.nn.Module, spec: LayerSpec, dtype: torch
     if spec.in_features not in (None, inputs):
         raise CheckpointError(f"{name} has {spec.in_features} inputs in config.json, and {inputs} in the model")
     try:
-        return Linear(
-            inputs,
-            outputs,
-            bias=dense.bias is not None,
-            A_dtype=_name(dtype),
-            W_dtype=spec.W_dtype,
-            accum_dtype="float32",
-            out_dtype=_name(dtype),
-            group_size=spec.group_size,
-            with_scaling=True,
-            with_zeros=spec.zeros_mode is not None,
-            zeros_mode=spec.zeros_mode,
-            act_order=spec.act_order,
-            device="meta",
-        )
+        return spec.empty_layer(inputs, outputs, dense.bias is not None, _name(dtype))
     except ConfigError as error:
         raise CheckpointError(f"{name}: {error}") from error
 

@@ -9,7 +9,6 @@ from ..checkpoints import open_folder, read_weight
 from ..checkpoints.shards import read_json
 from ..config import DEFAULT_BUCKETS, MatmulConfig
 from ..errors import BitBLASError, CheckpointError
-from ..nn.linear import Linear
 
 
 def configs_of_model(
@@ -39,21 +38,8 @@ def configs_of_model(
         weight = read_weight(shards, name, spec)
         a_dtype = str(said or weight.scales.dtype).removeprefix("torch.")
         try:
-            layer = Linear(
-                weight.in_features,
-                weight.out_features,
-                weight.bias is not None,
-                A_dtype=a_dtype,
-                W_dtype=weight.W_dtype,
-                accum_dtype="float32",
-                out_dtype=a_dtype,
-                group_size=spec.group_size,
-                with_scaling=True,
-                with_zeros=weight.zeros is not None,
-                zeros_mode=weight.zeros_mode,
-                opt_M=M,
-                device="meta",
-            )
+            sizes = (weight.in_features, weight.out_features)
+            layer = spec.empty_layer(*sizes, weight.bias is not None, a_dtype, opt_M=M)
         except BitBLASError as error:
             raise CheckpointError(f"{folder}: layer {name} has no operator: {error}") from error
         found.setdefault(layer.config, []).append(name)

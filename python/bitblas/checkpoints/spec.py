@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..codecs import QuantizedWeight
 from ..codecs.weight import ZEROS_MODES
+from ..config import DEFAULT_BUCKETS
 from ..errors import CheckpointError, ConfigError
 from ..formats import parse_format
+from ..nn.linear import Linear
 
 QUANT_METHOD = "bitblas"
 FORMAT_VERSION = 1
@@ -63,6 +65,38 @@ class LayerSpec:
             "act_order": self.act_order,
         }
         return entry if self.in_features is None else {**entry, "in_features": self.in_features}
+
+    def empty_layer(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: str,
+        opt_M: int | Sequence[int] | None = DEFAULT_BUCKETS,
+    ) -> Linear:
+        """A layer for such a weight, on the device meta, for activations and outputs of one dtype.
+
+        Raises
+        ------
+        ConfigError, UnsupportedError
+            There is none.
+        """
+        return Linear(
+            in_features,
+            out_features,
+            bias,
+            A_dtype=dtype,
+            W_dtype=self.W_dtype,
+            accum_dtype="float32",
+            out_dtype=dtype,
+            group_size=self.group_size,
+            with_scaling=True,
+            with_zeros=self.zeros_mode is not None,
+            zeros_mode=self.zeros_mode,
+            opt_M=opt_M,
+            device="meta",
+            act_order=self.act_order,
+        )
 
     @staticmethod
     def from_json(name: str, entry: object) -> LayerSpec:
