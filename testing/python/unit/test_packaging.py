@@ -140,7 +140,10 @@ def copy_tree(target: Path) -> Path:
 
 
 def test_both_packages_are_on_the_path_of_an_editable_install(tmp_path):
-    """What `pip install -e .` asks setuptools for: a wheel with names of folders, or with an importer that knows them."""
+    """What `pip install -e .` asks setuptools for: a wheel with names of folders, or with an importer that knows them.
+
+    -S: a bitblas that is installed itself, as where these tests run, would be found first.
+    """
     setuptools = pytest.importorskip("setuptools")
     if Version(setuptools.__version__) < Version("77"):
         pytest.skip("building the wheel needs setuptools 77")
@@ -154,7 +157,7 @@ def test_both_packages_are_on_the_path_of_an_editable_install(tmp_path):
         "from importlib.util import find_spec\n"
         "print(find_spec('bitblas').origin, find_spec('bitblas_transformers').origin)"
     )
-    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, timeout=60, check=True)
     wanted = [tree / "python" / "bitblas", tree / "integration" / "transformers" / "bitblas_transformers"]
     assert done.stdout.split() == [str(path / "__init__.py") for path in wanted]
 
