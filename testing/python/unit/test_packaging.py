@@ -157,7 +157,9 @@ def test_both_packages_are_on_the_path_of_an_editable_install(tmp_path):
         "from importlib.util import find_spec\n"
         "print(find_spec('bitblas').origin, find_spec('bitblas_transformers').origin)"
     )
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
     wanted = [tree / "python" / "bitblas", tree / "integration" / "transformers" / "bitblas_transformers"]
     assert done.stdout.split() == [str(path / "__init__.py") for path in wanted]
 
