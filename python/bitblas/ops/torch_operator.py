@@ -255,7 +255,7 @@ def _gradient_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | Non
 
 
 def _define() -> None:
-    """Register all of them. The library object has to stay alive."""
+    """Register all of them."""
     library = torch.library
     library.define("bitblas::matmul", f"({_OPERANDS}, str operator) -> Tensor")
     library.define("bitblas::matmul_into", f"({_OPERANDS}, Tensor(a!) output, str operator) -> ()")
