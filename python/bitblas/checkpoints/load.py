@@ -69,7 +69,9 @@ def load_model(
 
     if "device_map" in options and device is not None:
         raise ArgumentError(f"device is {device} and device_map is {options['device_map']!r}: give one of them")
-    options.setdefault("device_map", torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if {place.type, torch.get_default_device().type} != {"cpu"}:  # a device_map asks for accelerate
+        options.setdefault("device_map", place)
     loader: Any = transformers.AutoModelForCausalLM
     for name in config.get("architectures") or ():
         named = getattr(transformers, name, None)

@@ -241,6 +241,16 @@ def test_load_model(tiny):
     assert model.config._attn_implementation == "eager"
 
 
+def test_load_model_for_the_cpu_needs_no_accelerate(tiny, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
+    folder = tiny("llama").folder
+    with pytest.raises(ValueError, match="requires `accelerate`"):  # what transformers says where it does need it
+        bitblas.load_model(folder, device_map="cpu")
+    assert bitblas.load_model(folder, device="cpu").device.type == "cpu"
+    with torch.device("meta"), pytest.raises(ValueError, match="requires `accelerate`"):  # another default than asked
+        bitblas.load_model(folder, device="cpu")
+
+
 def test_load_model_without_a_dense_tensor(spoiled):
     folder = spoiled(lambda tensors, config: tensors.pop("model.norm.weight"))
     with pytest.raises(bitblas.CheckpointError, match=rf"model.norm.weight is in no file of {folder}"):
