@@ -95,7 +95,7 @@ def _integer_codes(workload: Workload) -> Codes | None:
     offset = -fmt.value_range[0]
     codes = (workload.weight.to(torch.int16) + offset).to(torch.uint8)
     shape, device = (config.N, config.num_groups), workload.weight.device
-    scale = torch.ones(shape, device=device) if workload.scale is None else workload.scale.float()
+    scale = (torch.ones(1, device=device) if workload.scale is None else workload.scale.float()).expand(shape)
     points = torch.zeros(shape, device=device) if workload.zero_points is None else workload.zero_points.float()
     if config.zeros_mode == "rescale":
         points = points / scale

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field, fields
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 
 from .errors import ConfigError
 from .formats import ALIASES, FORMATS, DataFormat, parse_format
@@ -21,6 +22,8 @@ LAYOUTS = ("nt", "nn", "tn", "tt")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 #: What shares a scale where float activations are quantized on the fly.
 DYNAMIC_QUANTIZATIONS = ("row", "group")
+#: Magnitude that stands in for smaller ones where activations are quantized: it, and a 127th of it, are normal float32 numbers.
+LEAST_EPS = 2.0**-119
 
 _INTEGER_DTYPES = ("int32", "int8")
 _INTEGER_ACTIVATIONS = ("int8", "int4")
@@ -103,8 +106,13 @@ class MatmulConfig:
     dynamic_quantization : str, optional
         Whether activations in float16, bfloat16 or float32 are rounded to int8 on the fly, and multiplied with an integer
         format as integers: ``"row"``, with one scale for each row of A; ``"group"``, with one for each row and group of k. By
-        keyword only. It changes results: each activation a becomes q·s in float32, s = max(max |a|, 2^-119) / 127 over the
-        row or group, q = a · (127 / max(max |a|, 2^-119)) to nearest, ties to even. A row with an infinity or a NaN gives NaN.
+        keyword only. It changes results: each activation a becomes q·s in float32, s = max(max |a|, `activation_eps`) / 127
+        over the row or group, q = a / s to nearest, ties to even. A row with an infinity or a NaN gives NaN.
+    activation_eps : float, optional
+        With `dynamic_quantization`, by keyword only: at least 2^-119, which None means.
+    scale_per_tensor : bool, optional
+        Whether one scale, float32 of shape (1,), is that of all weights; with `with_scaling`, one group and no zero points. By
+        keyword only.
 
     Raises
     ------
@@ -132,6 +140,8 @@ class MatmulConfig:
     optimize_stratety: object = field(default=None, compare=False)
     bias: InitVar[bool | None] = None
     dynamic_quantization: str | None = field(default=None, kw_only=True)
+    activation_eps: float | None = field(default=None, kw_only=True)
+    scale_per_tensor: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self, bias: bool | None) -> None:
         self._normalize(bias)
@@ -154,6 +164,7 @@ class MatmulConfig:
             "with_zeros": check_flag("with_zeros", self.with_zeros),
             "group_size": -1 if self.group_size is None else self.group_size,
             "zeros_mode": "original" if self.zeros_mode is None else self.zeros_mode,
+            "scale_per_tensor": check_flag("scale_per_tensor", self.scale_per_tensor) or None,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -183,6 +194,10 @@ class MatmulConfig:
         if isinstance(g, bool) or not isinstance(g, Integral) or (g != -1 and (g < 1 or self.K % g)):
             raise ConfigError(f"group_size is {g!r}; it must be -1 or a divisor of K = {self.K}")
         object.__setattr__(self, "group_size", int(g))
+        if self.scale_per_tensor and (not self.with_scaling or self.num_groups > 1):
+            raise ConfigError(
+                f"scale_per_tensor is True with with_scaling {self.with_scaling} and group_size {g}; it needs True and -1"
+            )
         if self.zeros_mode not in ZEROS_MODES:
             raise ConfigError(f"zeros_mode is {self.zeros_mode!r}; allowed: {', '.join(ZEROS_MODES)}")
         if not self.with_zeros:
@@ -192,8 +207,14 @@ class MatmulConfig:
         if self.zeros_mode == "quantized" and self.format.kind != "uint":
             raise ConfigError(f"zeros_mode 'quantized' needs an unsigned W_dtype, not {self.W_dtype}")
 
+        if self.scale_per_tensor:
+            raise ConfigError(
+                "scale_per_tensor and with_zeros are True: weights that share one scale have no zero points"
+            )
+
     def _check_dynamic_quantization(self) -> None:
         value = self.dynamic_quantization
+        self._check_eps()
         if value is None:
             return
         if value not in DYNAMIC_QUANTIZATIONS:
@@ -215,6 +236,16 @@ class MatmulConfig:
                 "dynamic_quantization 'group' needs a group_size of at least 2, or -1: alone in its group, each activation "
                 "would bring a scale of its own"
             )
+
+    def _check_eps(self) -> None:
+        eps = self.activation_eps
+        if eps is None:
+            return
+        if isinstance(eps, bool) or not isinstance(eps, Real) or not isfinite(eps) or not LEAST_EPS <= eps < 2.0**127:
+            raise ConfigError(f"activation_eps is {eps!r}; it must be a number from 2^-119 to 2^127, or None")
+        if self.dynamic_quantization is None:
+            raise ConfigError(f"activation_eps is {eps!r}, but nothing is quantized: dynamic_quantization is None")
+        object.__setattr__(self, "activation_eps", float(eps))
 
     # -- derived facts ---------------------------------------------------------------------------------------------------
 
@@ -316,7 +347,17 @@ class MatmulConfig:
     @property
     def scale_dtype(self) -> str:
         """Dtype in which scale and zeros reach the kernel; beside an A of at most 8 bits other floats are converted to it."""
-        return "float32" if self.activation_dtype == "int8" else self.A_dtype
+        return "float32" if self.activation_dtype == "int8" or self.scale_per_tensor else self.A_dtype
+
+    @property
+    def scale_dtypes(self) -> tuple[str, ...]:
+        """Dtypes in which scale and zeros may be given."""
+        return SCALE_DTYPES if self.activation_dtype == "int8" or self.scale_per_tensor else (self.A_dtype,)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of scale: one number, or one for each column and group."""
+        return (1,) if self.scale_per_tensor else (self.N, self.num_groups)
 
     @property
     def bias_dtype(self) -> str:

@@ -110,7 +110,7 @@ def _random_operands(config: MatmulConfig, layout: PackedLayout, m: int) -> tupl
     operands = [random_weight(config, layout, generator)]
     dtype = getattr(torch, config.scale_dtype)
     if config.with_scaling:
-        operands.append((torch.rand(config.N, config.num_groups, generator=generator) * 0.01).to(dtype))
+        operands.append((torch.rand(config.scale_shape, generator=generator) * 0.01).to(dtype))
     if config.with_zeros:
         bits = config.format.bits
         size = config.num_groups * ((config.N * bits + 7) // 8)

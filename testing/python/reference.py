@@ -132,12 +132,17 @@ def pairs(A: torch.Tensor) -> torch.Tensor:
     return torch.where(joined > 127, joined - 256, joined).to(torch.int8)
 
 
+def one_scale(cfg: object) -> bool:
+    """Whether all weights share one scale; other configs know nothing of it."""
+    return bool(getattr(cfg, "scale_per_tensor", None))
+
+
 def dynamic(cfg: object) -> str | None:
     """How float activations are quantized on the fly: "row", "group", or None; other configs know nothing of it."""
     return getattr(cfg, "dynamic_quantization", None)
 
 
-def quantize(A: torch.Tensor, groups: int) -> tuple[np.ndarray, np.ndarray]:
+def quantize(A: torch.Tensor, groups: int, eps: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """float32 whole numbers (m, groups, K / groups) for float activations (m, K), and their float32 scales (m, groups, 1).
 
     As documented: in float32, rounded to nearest even; a group with an infinity or a NaN has NaN for a scale.
@@ -145,9 +150,9 @@ def quantize(A: torch.Tensor, groups: int) -> tuple[np.ndarray, np.ndarray]:
     a = A.to(torch.float32).numpy().reshape(A.shape[0], groups, A.shape[1] // groups)
     size = np.abs(a).max(axis=2, keepdims=True)
     with np.errstate(invalid="ignore"):
-        bounded = np.where(np.isnan(size), size, np.maximum(size, np.float32(2.0**-119)))
-        whole = np.rint(a * (np.float32(127) / bounded))
-        return whole, np.where(np.isfinite(size), bounded / np.float32(127), np.float32(np.nan))
+        bounded = np.where(np.isnan(size), size, np.maximum(size, np.float32(2.0**-119 if eps is None else eps)))
+        step = bounded / np.float32(127)
+        return np.rint(a / step), np.where(np.isfinite(size), step, np.float32(np.nan))
 
 
 # -- bit streams -----------------------------------------------------------------------------------------------------------
@@ -217,7 +222,7 @@ class Problem:
         if dynamic(self.config) is None:
             return self.A.to(torch.float64)
         groups = _groups(self.config) if dynamic(self.config) == "group" else 1
-        whole, scale = quantize(self.A, groups)
+        whole, scale = quantize(self.A, groups, getattr(self.config, "activation_eps", None))
         return torch.from_numpy((whole.astype(np.float64) * scale.astype(np.float64)).reshape(self.A.shape))
 
     @property
@@ -237,6 +242,8 @@ class Problem:
         return q, s, z
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        if values.dim() == 1:  # of all
+            values = values.expand(self.codes.shape[0], 1)
         values = values.reshape(self.codes.shape[0], -1)
         return values.repeat_interleave(self.codes.shape[1] // values.shape[1], dim=1)
 
@@ -343,7 +350,7 @@ def _largest(fmt: str) -> float:
 
 
 def _draw_scale(cfg: object, exact: bool, generator: torch.Generator) -> torch.Tensor:
-    shape = (cfg.N, _groups(cfg))
+    shape = (1,) if one_scale(cfg) else (cfg.N, _groups(cfg))
     sign = 1 - 2 * (_uniform(0, 1, shape, generator) < 0.125).to(torch.float64)
     if exact:
         return sign * 2.0 ** _randint(-2, 1, shape, generator)
@@ -404,7 +411,8 @@ def draw(
     codes = _draw_codes(cfg, (cfg.N, cfg.K), exact, generator)
     A = _draw_activations(cfg, m, exact, generator)
     if scale_dtype is None:
-        scale_dtype = torch.float32 if cfg.A_dtype in _NARROW_A else getattr(torch, cfg.A_dtype)
+        wide = cfg.A_dtype in _NARROW_A or one_scale(cfg)
+        scale_dtype = torch.float32 if wide else getattr(torch, cfg.A_dtype)
     problem = Problem(cfg, A, codes, seed=seed)
     if cfg.with_scaling:
         problem = replace(problem, scale=_draw_scale(cfg, exact, generator).to(scale_dtype))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import MatmulConfig
+from ..config import LEAST_EPS, MatmulConfig
 from ..measuring import CPU
 from .timing import Verdict
 
@@ -72,6 +72,8 @@ class Workload:
         """Numbers of the groups of a block of rows, for each k."""
         if tensor is None:
             return torch.tensor(default, dtype=torch.float64, device=self.weight.device)
+        if tensor.dim() == 1:  # one for all
+            return tensor.to(torch.float64)
         block = tensor[first : first + _BLOCK_ROWS].to(torch.float64)
         return block.repeat_interleave(self.config.group, dim=1)
 
@@ -97,9 +99,9 @@ class Workload:
         if self.config.dynamic_quantization is None:
             return self.a.to(torch.float64)
         a = self.a.to(torch.float32).unflatten(1, (self.config.activation_groups, -1))
-        largest = a.abs().amax(dim=2, keepdim=True).clamp(min=2.0**-119)
-        most = torch.tensor(127.0, device=a.device)  # a number in its place would be multiplied with a reciprocal
-        whole, scale = (a * (most / largest)).round(), largest / most  # ties to even
+        largest = a.abs().amax(dim=2, keepdim=True).clamp(min=self.config.activation_eps or LEAST_EPS)
+        scale = largest / torch.tensor(127.0, device=a.device)  # by a number it would be multiplied with a reciprocal
+        whole = (a / scale).round()  # ties to even
         return (whole.to(torch.float64) * scale.to(torch.float64)).flatten(1)
 
     def _product(self, a: torch.Tensor) -> torch.Tensor:
@@ -211,7 +213,7 @@ def _draw_operands(config: MatmulConfig, seed: int, device: torch.device) -> tup
     scale = zeros = points = bias = None
     if config.with_scaling:
         size = 1 / (a_size * w_size * math.sqrt(config.K))
-        scale = ((0.5 + torch.rand(shape, generator=generator)) * size).to(dtype)
+        scale = ((0.5 + torch.rand(config.scale_shape, generator=generator)) * size).to(dtype)
     if config.with_zeros:
         low, high = config.format.value_range
         whole = torch.randint(low, high + 1, shape, generator=generator)

@@ -26,7 +26,7 @@ def dense_func(config: MatmulConfig, layout: PackedLayout, name: str) -> tirx.Pr
     arguments = [W]
     n_groups, group = config.num_groups, config.group
     if config.with_scaling:
-        S = te.placeholder((config.N, n_groups), config.scale_dtype, name="S")
+        S = te.placeholder(config.scale_shape, config.scale_dtype, name="S")
         arguments.append(S)
     if config.with_zeros:
         row_bytes = (config.N * config.format.bits + 7) // 8
@@ -49,7 +49,9 @@ def dense_func(config: MatmulConfig, layout: PackedLayout, name: str) -> tirx.Pr
     def value(n: Expr, k: Expr) -> Expr:
         code = _word_code(layout, W, n, k) if in_words else row_code(layout, W, n, k)
         found = decoded(code)
-        scale = S[n, k // group].astype("float32") if config.with_scaling else None
+        scale = (
+            (S[0] if config.scale_per_tensor else S[n, k // group]).astype("float32") if config.with_scaling else None
+        )
         shift = zero(n, k // group) if config.with_zeros else None
         if shift is not None and config.zeros_mode != "rescale":
             found, shift = found - shift, None

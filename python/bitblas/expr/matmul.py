@@ -16,12 +16,13 @@ from .absmax import absmax_bits
 from .bytes import activation_words, dot_products, dot_row_sum, weight_words
 from .codes import fragment_code, lane_code, row_code
 from .decode import decode, decode_float8
+from .factors import Factors
 from .pairs import PAIR, decode_pair, half, join_pair, pair_codes
 from .quads import needs_row_sum, offset, quad, quad_byte
 from .quantize import Quantizer, quantizer
 from .slices import digit, join_slices, step
 from .storage import finish, placed_dtype, times, widen
-from .streams import WORD_BYTES, join_bytes, stream_code, stream_words, word_code
+from .streams import WORD_BYTES, join_bytes, stream_words, word_code
 from .threads import thread_decoder
 
 
@@ -117,6 +118,11 @@ class MatmulExpr:
         return _round_up(self.config.N, self.lane_multiple if self.threads else LANES * self.lane_multiple)
 
     @property
+    def factors(self) -> Factors:
+        """Its scales and zero points."""
+        return Factors(self.config, self.padded_n, self.threads)
+
+    @property
     def streams_words(self) -> bool:
         """Whether threads read a row-wise bit stream in words of 32 bits: rows and chunks begin and end with them."""
         packed = self.threads and self.layout.name == "packed" and self.padded_k == self.config.K
@@ -135,7 +141,8 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     """Build the function (A, W, [scale], [zeros], [bias], out).
 
     Shapes and dtypes: A (m, K) `config.activation_dtype` with any m; W int8 (bytes of the layout,), or the same as int32 where
-    `streams_words`; scale (N, K/g) and zeros (N, K/g) in `config.scale_dtype`, or zeros int8 (K/g · ceil(N·b/8),) where packed;
+    `streams_words`; scale `config.scale_shape` and zeros (N, K/g) in `config.scale_dtype`, or zeros int8
+    (K/g · ceil(N·b/8),) where packed;
     bias (N,) `config.bias_dtype`; out (m, N) out_dtype.
     """
     cfg = expr.config
@@ -152,8 +159,13 @@ def matmul_func(expr: MatmulExpr, name: str) -> tirx.PrimFunc:
     steps, activation = _sliced(expr, given, rows) if expr.slices else (None, _activation(expr, given, rows))
     multiply = _pair_products if expr.dot == "bf16" else _dots if expr.dot else _products
     partial = multiply(expr, W, activation, rows)
-    scale = _scale(expr, arguments) if cfg.with_scaling else None
-    zero = _zero(expr, arguments) if cfg.with_zeros else None
+    scale = zero = None
+    if cfg.with_scaling:
+        S, scale = expr.factors.scale()
+        arguments.append(S)
+    if cfg.with_zeros:
+        Z, zero = expr.factors.zero()
+        arguments.append(Z)
     row_sum = None
     if needs_row_sum(cfg, expr.dot):
         row_sum = _row_sum(expr, given if expr.dot == "bf16" else activation, rows)
@@ -312,14 +324,16 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     elif layout.name == "packed":
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n),
-            lambda k, n: row_code(layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k),
+            lambda k, n: row_code(
+                layout, W, expr.factors.column(n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k
+            ),
             name="unpack",
         )
     elif layout.is_fragments:
         unpacked = te.compute(
             (expr.padded_k, expr.padded_n),
             lambda k, n: fragment_code(
-                layout, W, _column(expr, n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k
+                layout, W, expr.factors.column(n), te.min(k, cfg.K - 1) if expr.padded_k > cfg.K else k
             ),
             name="unpack",
         )
@@ -337,7 +351,7 @@ def _decoded(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
 def _stream_words(expr: MatmulExpr, W: te.Tensor) -> te.Tensor:
     """Block words, of a row-wise bit stream."""
     layout = expr.layout
-    return stream_words(W, expr.padded_n, layout.row_bytes // WORD_BYTES, layout.bits, lambda n: _column(expr, n))
+    return stream_words(W, expr.padded_n, layout.row_bytes // WORD_BYTES, layout.bits, lambda n: expr.factors.column(n))
 
 
 def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
@@ -360,36 +374,6 @@ def _words(expr: MatmulExpr, W: te.Tensor, index: int) -> te.Tensor:
 
     words_along_k = expr.padded_k // (plane.codes_per_word if expr.whole_words else 1)
     return te.compute((words_along_k, expr.padded_n), word, name=f"words{index}")
-
-
-def _column(expr: MatmulExpr, n: Expr) -> Expr:
-    """Column n, or the last one for those that pad the last tile."""
-    return n if expr.padded_n == expr.config.N else te.min(n, expr.config.N - 1)
-
-
-def _scale(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
-    cfg = expr.config
-    S = te.placeholder((cfg.N, cfg.num_groups), placed_dtype(cfg.scale_dtype, expr.threads), name="S")
-    arguments.append(S)
-    return te.compute((cfg.num_groups, expr.padded_n), lambda g, n: widen(S[_column(expr, n), g]), name="scale")
-
-
-def _zero(expr: MatmulExpr, arguments: list[te.Tensor]) -> te.Tensor:
-    cfg, bits = expr.config, expr.config.format.bits
-    shape = (cfg.num_groups, expr.padded_n)
-    if not cfg.zeros_packed:
-        Z = te.placeholder((cfg.N, cfg.num_groups), placed_dtype(cfg.scale_dtype, expr.threads), name="Z")
-        arguments.append(Z)
-        return te.compute(shape, lambda g, n: widen(Z[_column(expr, n), g]), name="zero")
-    row_bytes = (cfg.N * bits + 7) // 8
-    Z = te.placeholder((cfg.num_groups * row_bytes,), "int8", name="Z")
-    arguments.append(Z)
-
-    def zero(g: Expr, n: Expr) -> Expr:
-        code = stream_code(Z, g * row_bytes, _column(expr, n), bits, cfg.num_groups * row_bytes)
-        return tirx.bitwise_and(code, tirx.const((1 << bits) - 1, "int32")).astype("float32")
-
-    return te.compute(shape, zero, name="zero")
 
 
 def _row_sum(expr: MatmulExpr, activation: Callable[..., Expr], rows: Expr) -> te.Tensor:

@@ -9,34 +9,31 @@ from typing import Any
 from tvm import te, tirx
 from tvm.ir import Expr
 
-from ..config import MatmulConfig
+from ..config import LEAST_EPS, MatmulConfig
 from .absmax import absmax_bits
 from .decode import float_of_bits
 from .storage import widen
 
 #: The largest value of a quantized activation; -128 is not used.
 _LARGEST = 127.0
-#: What stands in for a smaller largest magnitude, 0 among them: 127 over it, and a 127th of it, are normal numbers.
-_LEAST = 2.0**-119
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How the rows of A are quantized; both (rows, groups) float32, of blocks of these names.
+    """How the rows of A are quantized.
 
     With the largest magnitude of a row's group, `absmax`, as the bits of a float32, which are ordered like the values, and NaN
-    above all::
+    above all, and eps that of the config::
 
-        activation_scale[i, g] = max(absmax[i, g], 2^-119) / 127
-        inverse[i, g]          = 127 / max(absmax[i, g], 2^-119)
-        activation[i, k]       = a · inverse[i, k / group] to nearest, ties to even; 0 where that is NaN
+        activation_scale[i, g] = max(absmax[i, g], eps) / 127
+        activation[i, k]       = a / activation_scale[i, k / group] to nearest, ties to even; 0 where that is NaN
 
     An infinity or a NaN makes its whole group 0, beside a scale that is infinite or NaN: their product is NaN.
 
     Attributes
     ----------
-    scale, inverse : te.Tensor
-        See above.
+    scale : te.Tensor
+        activation_scale, float32 (rows, groups).
     group : int
         Consecutive k that share them.
     threads : bool
@@ -44,13 +41,12 @@ class Quantizer:
     """
 
     scale: te.Tensor
-    inverse: te.Tensor
     group: int
     threads: bool = False
 
     def quantize(self, value: Expr, i: Expr, k: Expr) -> Expr:
         """The whole number, as a float32 from -127 to 127, that stands for the float32 `value` of A in row i at k."""
-        scaled = value * self.inverse[i, self.group_of(k)]
+        scaled = value / self.scale[i, self.group_of(k)]
         # of a NaN no integer is made, which nobody defines; TVM vectorizes neither isnan nor its own nearbyint
         number = scaled >= tirx.const(-_LARGEST - 1, "float32")
         whole = (
@@ -64,7 +60,7 @@ class Quantizer:
 
 
 def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any, threads: bool = False) -> Quantizer:
-    """Blocks absmax_lanes, absmax, activation_scale and inverse for A (m, K); rows beyond M repeat the last."""
+    """Blocks absmax_lanes, absmax and activation_scale for A (m, K); rows beyond M repeat the last."""
     groups = config.activation_groups
     group = config.K // groups
 
@@ -73,21 +69,14 @@ def quantizer(config: MatmulConfig, A: te.Tensor, rows: Any, threads: bool = Fal
 
     bits = absmax_bits(value, rows, groups, group, threads)
 
-    def at_least(i: Expr, g: Expr) -> Expr:
-        return tirx.reinterpret("float32", te.max(bits[i, g], tirx.const(_bits(_LEAST), bits.dtype)))
-
-    # by way of its bits: a division by a constant would be turned into a product, which rounds otherwise
+    # both by way of their bits: a division by a constant would be turned into a product, which rounds otherwise
+    least = tirx.const(_bits(LEAST_EPS if config.activation_eps is None else config.activation_eps), bits.dtype)
     largest = float_of_bits(_bits(_LARGEST), threads)
 
     def scale(i: Expr, g: Expr) -> Expr:
-        return at_least(i, g) / largest
+        return tirx.reinterpret("float32", te.max(bits[i, g], least)) / largest
 
-    def inverse(i: Expr, g: Expr) -> Expr:
-        return largest / at_least(i, g)
-
-    shape = (rows, groups)
-    scales, inverses = te.compute(shape, scale, name="activation_scale"), te.compute(shape, inverse, name="inverse")
-    return Quantizer(scales, inverses, group, threads)
+    return Quantizer(te.compute((rows, groups), scale, name="activation_scale"), group, threads)
 
 
 def _bits(value: float) -> int:

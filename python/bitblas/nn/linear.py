@@ -33,7 +33,8 @@ class Linear(Portable):
         K and N, at least 1.
     bias : bool
         Whether a bias is added.
-    A_dtype, W_dtype, accum_dtype, out_dtype, group_size, with_scaling, with_zeros, zeros_mode, dynamic_quantization
+    A_dtype, W_dtype, accum_dtype, out_dtype, group_size, with_scaling, with_zeros, zeros_mode, dynamic_quantization,
+    activation_eps
         As of `bitblas.MatmulConfig`; None for `with_scaling` means False.
     opt_M : int, sequence of int, or None
         `M` of the config: an int accepts only that many rows.
@@ -97,6 +98,7 @@ class Linear(Portable):
         *,
         device: torch.device | str | None = None,
         dynamic_quantization: str | None = None,
+        activation_eps: float | None = None,
         dense_cache: bool = False,
         act_order: bool = False,
     ) -> None:
@@ -118,6 +120,7 @@ class Linear(Portable):
             fast_decoding=fast_decoding,
             propagate_b=propagate_b,
             dynamic_quantization=dynamic_quantization,
+            activation_eps=activation_eps,
         )
         place = torch.empty(0, device=device).device
         self._choose(config, place)
@@ -419,6 +422,7 @@ class Linear(Portable):
         enable_tuning: bool = True,
         device: torch.device | str | None = None,
         dynamic_quantization: str | None = None,
+        activation_eps: float | None = None,
         dense_cache: bool = False,
     ) -> Linear:
         """A layer that holds a quantized weight.
@@ -429,7 +433,7 @@ class Linear(Portable):
             What it is to multiply with.
         A_dtype, out_dtype : str, optional
             None: the dtype of the scales, and A_dtype.
-        accum_dtype, opt_M, enable_tuning, dynamic_quantization, dense_cache
+        accum_dtype, opt_M, enable_tuning, dynamic_quantization, activation_eps, dense_cache
             As of the constructor.
         device : torch.device or str, optional
             None: where the weight is.
@@ -451,6 +455,7 @@ class Linear(Portable):
             enable_tuning=enable_tuning,
             device="meta",
             dynamic_quantization=dynamic_quantization,
+            activation_eps=activation_eps,
             dense_cache=dense_cache,
         )
         layer.load_quantized(weight, weight.packed.device if device is None else device)

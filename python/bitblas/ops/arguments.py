@@ -10,7 +10,7 @@ from typing import ClassVar, TypeGuard
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..config import SCALE_DTYPES, MatmulConfig
+from ..config import MatmulConfig
 from ..errors import ArgumentError
 from ..packing import unpack_nibbles
 
@@ -87,7 +87,10 @@ class Operand:
         return tensor.to(self.dtype)
 
     def check(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Return a tensor of this shape, (N,) as (N, 1), or raise ArgumentError: what can be said without its data."""
+        """Return a tensor of this shape, (N,) as (N, 1), any one number as (1,), or raise ArgumentError.
+
+        That is what can be said without its data.
+        """
         if tensor is None:
             raise ArgumentError(f"{self.name} is missing; {_REASONS[self.name]}")
         if tensor.dtype not in self.allowed:
@@ -95,6 +98,8 @@ class Operand:
             raise ArgumentError(f"{self.name} has dtype {tensor.dtype}; allowed: {names}")
         if self.shape[-1] == 1 and len(self.shape) == 2 and tensor.shape == self.shape[:1]:
             tensor = tensor.unsqueeze(1)
+        if self.shape == (1,) and tensor.numel() == 1:
+            tensor = tensor.reshape(1)
         if tensor.shape != self.shape:
             raise ArgumentError(f"{self.name} has shape {tuple(tensor.shape)}; expected {self.shape}")
         return tensor
@@ -316,12 +321,11 @@ def _weight_operand(config: MatmulConfig, shape: tuple[int, ...]) -> Operand:
 
 def _wanted_operands(config: MatmulConfig, a_dtype: torch.dtype, out_dtype: torch.dtype) -> list[Operand]:
     dtype = getattr(torch, config.scale_dtype)
-    names = SCALE_DTYPES if config.activation_dtype == "int8" else (config.A_dtype,)
-    allowed = tuple(getattr(torch, name) for name in names)
+    allowed = tuple(getattr(torch, name) for name in config.scale_dtypes)
     shape = (config.N, config.num_groups)
     wanted = []
     if config.with_scaling:
-        wanted.append(Operand("scale", shape, allowed, dtype))
+        wanted.append(Operand("scale", config.scale_shape, allowed, dtype))
     if config.zeros_packed:
         packed = (config.num_groups, (config.N * config.format.bits + 7) // 8)
         wanted.append(Operand("zeros", packed, (torch.int8, torch.uint8), torch.int8))

@@ -28,6 +28,8 @@ class WithFacts:
     group_size = property(lambda self: self.config.group_size)
     zeros_mode = property(lambda self: self.config.zeros_mode)
     dynamic_quantization = property(lambda self: self.config.dynamic_quantization)
+    activation_eps = property(lambda self: self.config.activation_eps)
+    scale_per_tensor = property(lambda self: self.config.scale_per_tensor)
     fast_decoding = property(lambda self: self.config.fast_decoding)
     propagate_a = property(lambda self: False)
     propagate_b = property(lambda self: False)

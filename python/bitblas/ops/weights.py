@@ -141,7 +141,7 @@ class WithWeights:
         Parameters
         ----------
         weight, scale, zeros : torch.Tensor
-            As they are handed over at a call; a scale and zeros of shape (N,) as (N, 1).
+            As they are handed over at a call; a scale and zeros of shape (N,) as (N, 1), one number for all in any shape.
         rows : int
             How many to decode at once.
 
@@ -155,7 +155,7 @@ class WithWeights:
         points = zeros.reshape(config.N, -1) if zeros is not None and not config.zeros_packed else zeros
         if points is not None and config.zeros_packed:
             points = unpack_zeros(points, config.N, config.format.bits)
-        scales = None if scale is None else scale.detach().reshape(config.N, -1)
+        scales = None if scale is None else scale.detach().reshape(-1, config.num_groups).expand(config.N, -1)
         for first in range(0, config.N, rows):
             place = slice(first, min(first + rows, config.N))
             factors, shifts = (None if t is None else t[place] for t in (scales, points))

@@ -155,6 +155,53 @@ def test_each_rounded_value_is_the_documented_one(build, target, a_dtype, K):
     assert set(out[0].tolist()) <= {float(v) for v in range(0, 128, 2)} | {127.0}  # halves go to the even number
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("how", "K"), [("row", 128), ("row", 27), ("group", 128)])
+def test_eps_stands_for_smaller_magnitudes(build, target, how, K):
+    """… in float32, whatever A's dtype; larger rows are as they are without."""
+    eps = 1e-3
+    fields = {"A_dtype": "float16", "W_dtype": "int2", "group_size": 32 if how == "group" else -1}
+    op = build(config(K, K, how=how, activation_eps=eps, **fields), target)
+    plain = build(config(K, K, how=how, **fields), target)
+    A = torch.randn(6, K, generator=torch.Generator().manual_seed(1)) * 3e-4 / 3
+    A[1] *= 1e-3
+    A[2], A[3], A[4] = 0, A[3] * 1e4, eps
+    A[5, 0], A[5, 32:] = 1.0, 2e-4
+    A = A.half()
+    W = op.transform_weight(torch.eye(K, dtype=torch.int8))
+    whole, scale = reference.quantize(A, K // 32 if how == "group" else 1, eps)
+    out = op(A, W)
+    assert torch.equal(out, torch.from_numpy(whole * scale).view(6, K))
+    assert not torch.equal(out[0], plain(A, W)[0])
+    assert torch.equal(out[2], torch.zeros(K))
+    assert torch.equal(out[3], plain(A, W)[3])
+    assert abs(float(out[4, 0]) - eps) < 1e-6
+    assert op.config != plain.config
+    assert op.artifact.key != plain.artifact.key
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("a_dtype", [*FLOATS, "int8"])
+@pytest.mark.parametrize("shape", [(32, 128), (17, 33), (5, 7), (48, 1056)], ids=str)
+def test_one_scale_of_all_weights(build, target, a_dtype, shape):
+    """float32 whatever A's dtype, of any shape and float dtype with one element; quantized on the fly, and not."""
+    fields = {"with_scaling": True, "scale_per_tensor": True, "with_bias": True, "A_dtype": a_dtype, "W_dtype": "int2"}
+    for how in ("row", None) if a_dtype != "int8" else (None,):
+        op = build(config(*shape, how=how, **fields), target)
+        check(op, (1, 3, 17))
+        problem = reference.draw(op.config, 3)
+        assert problem.scale.dtype is torch.float32
+        W, bias = weigh(op, problem), problem.bias
+        for scale in (problem.scale.view(1, 1), problem.scale[0], problem.scale.double().float().view(1, 1, 1)):
+            assert torch.equal(op(problem.A, W, scale, bias=bias), op(problem.A, W, problem.scale, bias=bias))
+        half = op(problem.A, W, problem.scale.half(), bias=bias)
+        assert torch.equal(half, op(problem.A, W, problem.scale.half().float(), bias=bias))
+        dense = problem.dense().float()
+        assert torch.equal(op.dequantize(W, problem.scale), dense)
+        with pytest.raises(bitblas.ArgumentError, match=r"scale has shape \(2,\); expected \(1,\)"):
+            op(problem.A, W, torch.ones(2), bias=bias)
+
+
 def covering_int8():
     """Every zeros mode by row and by group on every target; formats and shapes in turn."""
     names, shapes = ("uint4", "int8", "int2", "uint8", "uint1"), ((64, 256, 64), (64, 256, -1), (9, 28, 7))

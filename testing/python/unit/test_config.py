@@ -216,6 +216,26 @@ def test_every_format_with_every_activation(name, a_dtype):
     assert found.scale_dtype == ("float32" if a_dtype == "int8" else a_dtype)
 
 
+@pytest.mark.parametrize("a_dtype", ["float16", "bfloat16", "float32", "int8"])
+def test_one_scale_is_float32(a_dtype):
+    found = config(A_dtype=a_dtype, W_dtype="int2", out_dtype="float32", with_scaling=True, scale_per_tensor=True)
+    assert (found.scale_dtype, found.scale_shape) == ("float32", (1,))
+    assert found.scale_dtypes == ("float32", "float16", "bfloat16")
+    assert config(A_dtype=a_dtype, with_scaling=True).scale_shape == (32, 1)
+
+
+def test_options_that_are_off_change_no_key():
+    plain = config(W_dtype="int2", dynamic_quantization="row", with_scaling=True)
+    off = dataclasses.replace(plain, scale_per_tensor=False, activation_eps=None)
+    assert off == plain
+    assert off.fields() == plain.fields()
+    assert not {"scale_per_tensor", "activation_eps"} & set(plain.fields())
+    on = dataclasses.replace(plain, scale_per_tensor=1, activation_eps=np.float32(0.5))
+    assert on.fields() == {**plain.fields(), "scale_per_tensor": True, "activation_eps": 0.5}
+    fields = json.loads(json.dumps(dataclasses.replace(plain, activation_eps=1e-5).fields()))
+    assert MatmulConfig(**fields).activation_eps == 1e-5
+
+
 @pytest.mark.parametrize("how", ["row", "group"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_which_formats_take_quantized_activations(name, how):
@@ -249,6 +269,23 @@ def test_which_activations_can_be_quantized(a_dtype):
         ({"dynamic_quantization": "row", "out_dtype": "int32"}, "out_dtype int32 needs A_dtype int8 or int4"),
         ({"dynamic_quantization": "row", "out_dtype": "int8"}, "out_dtype int8 needs A_dtype int8 or int4"),
         ({"dynamic_quantization": "row", "accum_dtype": "int32"}, "accum_dtype int32 needs A_dtype int8 or int4"),
+        ({"activation_eps": 1e-6}, "activation_eps is 1e-06, but nothing is quantized"),
+        (
+            {"dynamic_quantization": "row", "activation_eps": 0},
+            "activation_eps is 0; it must be a number from 2^-119",
+        ),
+        ({"dynamic_quantization": "row", "activation_eps": 2.0**-120}, "activation_eps is 7.5"),
+        ({"dynamic_quantization": "row", "activation_eps": float("nan")}, "activation_eps is nan; it must be"),
+        ({"dynamic_quantization": "row", "activation_eps": 2.0**127}, "activation_eps is 1.7"),
+        ({"dynamic_quantization": "row", "activation_eps": True}, "activation_eps is True; it must be"),
+        ({"dynamic_quantization": "row", "activation_eps": "1e-6"}, "activation_eps is '1e-6'; it must be"),
+        ({"scale_per_tensor": True}, "scale_per_tensor is True with with_scaling False and group_size -1; it needs"),
+        ({"scale_per_tensor": True, "with_scaling": True, "group_size": 16}, "with_scaling True and group_size 16; it"),
+        (
+            {"scale_per_tensor": True, "with_scaling": True, "with_zeros": True},
+            "that share one scale have no zero points",
+        ),
+        ({"scale_per_tensor": 2}, "scale_per_tensor is 2; it must be True or False"),
     ],
 )
 def test_what_quantized_activations_do_not_go_with(fields, message):

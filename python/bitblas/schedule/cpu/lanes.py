@@ -144,7 +144,7 @@ class _Nest:
         """
         sch, sliced = self.sch, self.tiling.slices
         row = sch.get_loops(sch.get_sblock("absmax"))[0]
-        names = ["step", "activation"] if sliced else ["activation_scale", "inverse", "activation"]
+        names = ["step", "activation"] if sliced else ["activation_scale", "activation"]
         if not sliced and self.has_row_sums:
             names += ["row_sum_lanes", "row_sum"] if self.chunk % LANES == 0 else ["row_sum"]
         self.lanes_first("absmax", self.chunk if sliced else self.config.K // self.config.activation_groups)

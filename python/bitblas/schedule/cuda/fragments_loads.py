@@ -116,7 +116,7 @@ class FragmentLoads:
         self.A = argument("A", (self.m, cfg.K), cfg.activation_dtype)
         self.W = argument("W", (self.layout.num_bytes,), "int8")
         if cfg.with_scaling:
-            self.S = argument("S", (cfg.N, cfg.num_groups), cfg.scale_dtype)
+            self.S = argument("S", cfg.scale_shape, cfg.scale_dtype)
         if cfg.zeros_packed:
             self.zero_row = (cfg.N * cfg.format.bits + 7) // 8
             self.Z = argument("Z", (cfg.num_groups * self.zero_row,), "int8")

@@ -409,6 +409,7 @@ class FragmentProgram(FragmentLoads):
         if cfg.N % self.tiling.block_n:
             inside = tirx.all(inside, n < cfg.N)
         with when(inside):
-            scale = self.S[n, 0] if cfg.with_scaling and cfg.integer_accumulation else None
+            place = [0] if cfg.scale_per_tensor else [n, 0]
+            scale = self.S[place] if cfg.with_scaling and cfg.integer_accumulation else None
             bias = self.bias[n] if self.bias is not None else None
             B.buffer_store(self.out, finish(cfg, value, scale, None, bias, threads=True, as_bits=True), [m, n])

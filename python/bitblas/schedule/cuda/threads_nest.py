@@ -190,14 +190,13 @@ class _Nest:
         groups = self.config.activation_groups
         if not groups:
             return
-        whole = 3 * 4 * self.tiling.block_m * groups <= _SCALE_BYTES
+        whole = 2 * 4 * self.tiling.block_m * groups <= _SCALE_BYTES
         place, scope = (block, "shared") if whole else (chunk, self.chunk_scope)
-        scales = [self.place(name, place, scope) for name in ("activation_scale", "inverse")]
+        scale = self.place("activation_scale", place, scope)
         absmax = self.place("absmax", place, scope)
         if scope == "local":
             return
-        for found in scales:
-            self.share_rows(*self.loops(found, place))
+        self.share_rows(*self.loops(scale, place))
         self.share_maxima(self.loops(absmax, place))
 
     #: Where a chunk's scales lie.
