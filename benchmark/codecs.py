@@ -12,7 +12,8 @@ from time import perf_counter
 
 import torch
 
-from bitblas.codecs import QuantizedWeight, from_awq, from_bitnet, from_compressed, from_gptq, quantize, ternary
+from bitblas.codecs import QuantizedWeight, from_awq, from_bitnet, from_compressed, from_gptq, quantize
+from bitblas.codecs.bitnet import ternary
 
 from .cases import parse_shapes
 

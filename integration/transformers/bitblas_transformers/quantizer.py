@@ -24,6 +24,7 @@ from bitblas.nn import Linear
 from bitblas.nn.operators import build_operators
 
 from .config import BitBLASConfig
+from .layers import NormedLinear, make_norm
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -204,9 +205,13 @@ def empty_layer(name: str, dense: torch.nn.Module, spec: LayerSpec, dtype: torch
     if spec.in_features not in (None, inputs):
         raise CheckpointError(f"{name} has {spec.in_features} inputs in config.json, and {inputs} in the model")
     try:
-        return spec.empty_layer(inputs, outputs, dense.bias is not None, _name(dtype))
+        if spec.rms_norm_eps is None:
+            return spec.empty_layer(inputs, outputs, dense.bias is not None, _name(dtype))
+        layer = spec.empty_layer(inputs, outputs, dense.bias is not None, _name(dtype), kind=NormedLinear)
     except ConfigError as error:
         raise CheckpointError(f"{name}: {error}") from error
+    layer.rms_norm = make_norm(layer, spec.rms_norm_eps, dtype)
+    return layer
 
 
 def compare_with_files(name: str, layer: Linear, shards: Shards) -> None:

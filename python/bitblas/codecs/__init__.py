@@ -1,7 +1,7 @@
 """Foreign tensors to and from codes, scales and zero points: one file for each family of checkpoints."""
 
 from .awq import from_awq
-from .bitnet import from_bitnet, ternary
+from .bitnet import from_bitnet
 from .compressed_tensors import from_compressed
 from .gptq import from_gptq, from_gptq_module
 from .rounding import quantize
@@ -17,5 +17,4 @@ __all__ = [
     "from_gptq_module",
     "parse_format_tensor",
     "quantize",
-    "ternary",
 ]

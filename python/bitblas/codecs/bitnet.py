@@ -67,6 +67,17 @@ def from_bitnet(
     return QuantizedWeight("int2", packed, k, scale.to(weight.device).expand(n, 1).contiguous(), bias=bias)
 
 
+def scaled_bias(bias: torch.Tensor | None, weight_scale: torch.Tensor) -> torch.Tensor | None:
+    """What a layer of the class "autobitlinear", not "online", adds: (x · values + bias) · scale has the bias scaled, too.
+
+    Returns
+    -------
+    torch.Tensor or None
+        (N,) float32.
+    """
+    return None if bias is None else bias.detach().float() * weight_scale.detach().float().reshape(1)
+
+
 def _shown(tensor: object) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
 

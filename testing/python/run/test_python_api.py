@@ -52,7 +52,7 @@ PUBLIC = {
     "bitblas.codecs.from_compressed": ["bitblas.codecs.compressed_tensors"],
     "bitblas.codecs.from_bitnet": ["bitblas.codecs.bitnet"],
     "bitblas.codecs.quantize": ["bitblas.codecs.rounding"],
-    "bitblas.codecs.ternary": ["bitblas.codecs.bitnet"],
+    "bitblas.codecs.bitnet.ternary": [],
     "bitblas.codecs.format_tensor": ["bitblas.codecs.weight"],
     "bitblas.codecs.parse_format_tensor": ["bitblas.codecs.weight"],
     "bitblas.ops.QuantCompress": ["bitblas.ops.quant_compress"],

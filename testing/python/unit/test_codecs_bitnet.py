@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitblas.codecs import bitnet, from_bitnet, ternary
+from bitblas.codecs import bitnet, from_bitnet
+from bitblas.codecs.bitnet import ternary
 from bitblas.errors import ArgumentError
 from foreign import pack_bitnet, row_bytes
 
