@@ -374,12 +374,25 @@ class BitLinear(QuantizedLayer):
         ArgumentError
             The layer is not deployed.
         """
-        if not self.deployed:
-            raise ArgumentError("the layer is not deployed: deploy() packs its weight")
+        self._check_deployed()
         config, scale = self.config, self.w_scale
         packed = relay(self._weight, self._operator.layout, packed_layout(config))
         scales = scale.expand(config.N, 1).contiguous() if config.scale_per_tensor else scale
         return QuantizedWeight(TERNARY, packed, config.K, scales, bias=self._tensor("bias"))
+
+    def load_packed_(self) -> Self:
+        """See `Linear.load_packed_`; ArgumentError of a layer in training."""
+        self._check_deployed()
+        return super().load_packed_()
+
+    def warmup(self, topk: int = 20) -> None:
+        """See `Linear.warmup`; ArgumentError of a layer in training."""
+        self._check_deployed()
+        super().warmup(topk)
+
+    def _check_deployed(self) -> None:
+        if not self.deployed:
+            raise ArgumentError("the layer is in training; deploy() packs its weight")
 
     # -- moved, saved, loaded: as any module in training -------------------------------------------------------------------
 
