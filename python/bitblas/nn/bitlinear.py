@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.nn import functional
 
 from .. import packing
 from ..codecs import QuantizedWeight
@@ -18,6 +17,7 @@ from ..errors import ArgumentError, ConfigError
 from .layer import QuantizedLayer, under_autocast
 from .portable import Portable
 from .state import FLOATS, fit_tensor, packed_layout, relay
+from .straight_through import ternary_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -289,23 +289,7 @@ class BitLinear(QuantizedLayer):
                 f"A is {A.dtype} on {A.device}; the layer takes {weight.dtype} on {weight.device}, and any float under autocast"
             )
         with torch.autocast(A.device.type, enabled=False):
-            return self._train_forward(A)
-
-    def _train_forward(self, A: torch.Tensor) -> torch.Tensor:
-        """What the kernel computes, in torch, with straight-through gradients."""
-        scheme, eps = self._scheme, self.eps
-        x, weight = A.float(), self.weight.float()
-        # by a number it would be multiplied with a reciprocal
-        row = x.detach().abs().amax(-1, keepdim=True).clamp(min=eps) / torch.full((), 127.0, device=x.device)
-        q = _straight_through(x / row, torch.round)
-        scale = scheme.scale(weight, eps)
-        w = _straight_through(weight / scheme.spread(scale), to_ternary)
-        scale = scale if scheme.group is None else scale.to(A.dtype).float()  # as it is held when deployed
-        if scheme.group in (None, -1):  # integers that float32 sums exactly
-            y = functional.linear(q, w) * (scale.view(-1) * row)
-        else:
-            y = functional.linear(q, w * scheme.spread(scale)) * row
-        return (y if self.bias is None else y + self.bias.float()).to(A.dtype)
+            return ternary_linear(A, weight, self.bias, self._scheme, self.eps)
 
     # -- deployment ------------------------------------------------------------------------------------------------------
 
@@ -442,12 +426,6 @@ class BitLinear(QuantizedLayer):
             super().__setstate__(state)
         else:
             torch.nn.Module.__setstate__(self, state)
-
-
-def _straight_through(value: torch.Tensor, rounding: Any) -> torch.Tensor:
-    """A rounded value, exactly, with the gradient of the value."""
-    held = value.detach()
-    return rounding(held) + (value - held)
 
 
 def _scheme_of(scale: torch.Tensor, n: int, k: int) -> tuple[TernaryScheme, torch.Tensor]:
