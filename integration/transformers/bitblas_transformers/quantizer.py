@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitblas.checkpoints import Shards
-from bitblas.checkpoints.spec import PARTS, QUANT_METHOD, LayerSpec
+from bitblas.checkpoints.spec import NORM, PARTS, QUANT_METHOD, LayerSpec
 from bitblas.codecs import format_tensor, parse_format_tensor
 from bitblas.codecs.rounding import quantize
 from bitblas.errors import ArgumentError, CheckpointError, ConfigError
@@ -222,8 +222,9 @@ def compare_with_files(name: str, layer: Linear, shards: Shards) -> None:
     CheckpointError
         A tensor is missing, or has another shape, or the layer has none of its kind.
     """
-    for part in PARTS:
-        tensor, buffer = f"{name}.{part}", dict(layer.named_buffers()).get(part)
+    held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    for part in (*PARTS, NORM):
+        tensor, buffer = f"{name}.{part}", held.get(part)
         if buffer is None:
             if tensor in shards:
                 raise CheckpointError(f"{shards.where(tensor)} is there, and the model's layer has no {part}")

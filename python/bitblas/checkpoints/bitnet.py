@@ -18,7 +18,7 @@ from .foreign import Facts
 from .layers import Contents, MadeLayer, add_weight, check_bias
 from .names import FLOATS, is_linear
 from .shards import Shards
-from .spec import LayerSpec
+from .spec import NORM, LayerSpec
 from .writing import ShardWriter
 
 #: The least mean magnitude of a weight, and magnitude of a row of activations, in transformers and in 1bitLLM's models.
@@ -234,7 +234,7 @@ def _is_left_out(name: str, patterns: Sequence[str]) -> bool:
 
 def _check_norms(source: Shards, names: Sequence[str], wanted: bool) -> None:
     for name in names:
-        tensor = f"{name}.rms_norm.weight"
+        tensor = f"{name}.{NORM}"
         if wanted and tensor not in source:
             raise CheckpointError(f"{source.folder} has no tensor {tensor}, and use_rms_norm is true")
         if not wanted and tensor in source:

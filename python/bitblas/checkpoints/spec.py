@@ -18,6 +18,8 @@ FORMAT_VERSION = 1
 
 #: The tensors of a layer, without its prefix; those after the first two are there where the layer has them, `format` always.
 PARTS = ("qweight", "scales", "zeros", "perm", "bias", "format")
+#: The factors of a norm in front of the layer, where it has one.
+NORM = "rms_norm.weight"
 #: What an entry says only where it is something else than None.
 _OPTIONAL = ("in_features", "dynamic_quantization", "activation_eps", "rms_norm_eps")
 
