@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import bitblas
 import tiny_bitnet
 import tiny_models
+from bitblas.cache.models import configs_of_model
 from bitblas.checkpoints import read_layers, repack, unpack
 from tiny_bitnet import Exact
 
@@ -216,6 +217,12 @@ def test_an_unpacked_model_does_not_round_its_activations(folders, tmp_path, nam
     for each in plain.modules():
         each.rounds = False
     assert (logits(dense) - logits(plain)).abs().max() <= BOUND * wanted.abs().max()
+
+
+def test_a_bundle_has_the_operators_of_the_model(folders):
+    model = bitblas.load_model(folders("offline, norms")[1], dtype=torch.float32, device="cpu")
+    wanted = {layer.config for layer in layers(model).values()}
+    assert set(configs_of_model(folders("offline, norms")[1], "float32")) == wanted
 
 
 def test_load_model_says_how_folders_are_converted(folders):
