@@ -218,7 +218,8 @@ def _described(kind, tensors, config, norms):
         said = {"architectures": ["BitnetForCausalLM"], "model_type": "llama", "input_bits": 8, "weight_bits": 1}
         return tensors, {**config, **said, "pretraining_tp": 1, "rope_scaling": None}
     said = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet"}
-    said["auto_map"] = {"AutoConfig": "configuration_bitnet.BitNetConfig"}
+    own = {"AutoConfig": "configuration_bitnet.BitNetConfig"}
+    said["auto_map"] = {**own, "AutoModelForCausalLM": "modeling_bitnet.BitNetForCausalLM"}  # which is not run
     quantization = {"quant_method": "bitnet", "modules_to_not_convert": None, **KINDS[kind]}
     if norms:
         quantization |= {"use_rms_norm": True, "rms_norm_eps": NORM_EPS}

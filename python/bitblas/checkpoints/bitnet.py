@@ -68,17 +68,15 @@ class TernaryLayer(MadeLayer):
     rms_norm_eps: float | None = None
 
     def _parts(self, source: Shards) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Weight, scale, and what is added in the end."""
         weight, scale, bias = (f"{self.name}.{part}" for part in ("weight", "weight_scale", "bias"))
-        found, added = source.find(scale), source.find(bias)
-        return source.get(weight), found, added if self.divide or found is None else scaled_bias(added, found)
+        return source.get(weight), source.find(scale), source.find(bias)
 
     def _decode(self, source: Shards) -> QuantizedWeight:
         weight, scale, bias = self._parts(source)
         if self.is_latent:
             return ternary(weight, EPS, bias)
         assert scale is not None
-        return from_bitnet(weight, scale, bias, divide=self.divide)
+        return from_bitnet(weight, scale, bias if self.divide else scaled_bias(bias, scale), divide=self.divide)
 
     def write(self, source: Shards, writer: ShardWriter) -> dict[str, Any]:
         """Convert it."""
@@ -99,8 +97,8 @@ class TernaryLayer(MadeLayer):
         if scale is None:
             verify.check_ternary(self.name, weight, found, EPS)
         else:
-            verify.check_weight(self.name, verify.bitnet_reference(weight, scale, self.divide), found)
-        check_bias(self.name, bias, found.bias)
+            verify.check_weight(self.name, verify.bitnet_reference(weight, scale, self.divide, self.facts.n), found)
+        check_bias(self.name, verify.bitnet_bias(bias, scale, self.divide), found.bias)
 
 
 def has_latent_weights(config: Mapping[str, Any]) -> bool:
@@ -154,9 +152,8 @@ def read_latent(source: Shards, config: Mapping[str, Any]) -> Contents:
     return Contents(
         layers=[_latent_layer(source, name) for name in names],
         new_names=new_names,
-        dropped=[
-            tensor for tensor in source.infos if tensor.endswith(".rotary_emb.inv_freq")
-        ],  # follows from rope_theta
+        # they follow from rope_theta
+        dropped=[tensor for tensor in source.infos if tensor.endswith(".rotary_emb.inv_freq")],
         config={"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", **kept},
     )
 

@@ -166,13 +166,12 @@ def compressed_reference(tensors: Tensors, bits: int) -> Reference:
     return Reference(_codes_of(stream, k, bits), zeros.to(torch.int16), scales, groups, stream)
 
 
-def bitnet_reference(weight: torch.Tensor, weight_scale: torch.Tensor, divide: bool) -> Reference:
-    """Values plus 1, two bits each, four rows to a byte; or the values themselves. One scale stands for all, or its inverse."""
+def bitnet_reference(weight: torch.Tensor, weight_scale: torch.Tensor, divide: bool, n: int) -> Reference:
+    """Values plus 1, two bits each, n rows, four to a byte; or the values themselves. One scale, or its inverse, for all."""
     scale = np.float32(weight_scale.float().item())
     scale = np.float32(1) / scale if divide else scale
     height, k = weight.shape
     is_packed = weight.dtype is torch.uint8
-    n = height * 4 if is_packed else height
 
     def codes(rows: slice) -> torch.Tensor:
         """Values plus 2, as int2 is stored."""
@@ -187,6 +186,13 @@ def bitnet_reference(weight: torch.Tensor, weight_scale: torch.Tensor, divide: b
         return found
 
     return Reference(codes, torch.full((n, 1), 2, dtype=torch.int16), torch.full((n, 1), float(scale)))
+
+
+def bitnet_bias(bias: torch.Tensor | None, weight_scale: torch.Tensor | None, divide: bool) -> torch.Tensor | None:
+    """What is added in the end: where values are multiplied with a scale, the bias is, too, in float32."""
+    if bias is None or weight_scale is None or divide:
+        return bias
+    return torch.from_numpy(bias.float().numpy() * np.float32(weight_scale.float().item()))
 
 
 def _codes_of(stream: Callable[[slice], torch.Tensor], k: int, bits: int) -> Callable[[slice], torch.Tensor]:

@@ -135,6 +135,21 @@ def test_ternary_values_that_are_not_packed(tmp_path):
         assert torch.equal(weight.dequantize(torch.float64), drawn.layers[name].dense())
 
 
+@pytest.mark.parametrize("n", [9, 10, 12])
+@pytest.mark.parametrize("kind", ["bitlinear", "offline"])
+def test_rows_that_do_not_fill_bytes(tmp_path, kind, n):
+    """As transformers packs them, though it cannot load them; the bias tells how many there are."""
+    layer = tiny_bitnet.draw(kind, n, 7, torch.Generator().manual_seed(0), bias=True)
+    tensors = {f"a.b.{part}": tensor for part, tensor in layer.tensors.items()}
+    src = folders.write(tmp_path / "src", tensors, {"quant_method": "bitnet", **KINDS[kind]})
+    repack(src, tmp_path / "dst")
+    ((name, weight),) = read_weights(tmp_path / "dst")
+    assert name == "a.b"
+    assert torch.equal(weight.packed, row_bytes(layer.values.numpy() + 2, 2))
+    assert torch.equal(weight.bias.double(), layer.bias.float().double())
+    assert read_layers(tmp_path / "dst")["a.b"].in_features == 7
+
+
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_the_mode_is_of_no_account_to_packed_layers(tmp_path, mode):
     """`linear_class` alone tells what "bitlinear" does, and is its default."""
@@ -443,7 +458,7 @@ def test_a_wrong_value_is_noticed(tmp_path, monkeypatch, kind, part):
 def test_every_code_of_a_packed_layer_is_compared(n):
     values = np.random.default_rng(0).integers(-1, 2, (n, 24))
     packed, scale = tiny_bitnet.pack_bitnet(values), torch.tensor([0.5])
-    weight, reference = from_bitnet(packed, scale), verify.bitnet_reference(packed, scale, False)
+    weight, reference = from_bitnet(packed, scale), verify.bitnet_reference(packed, scale, False, n)
     verify.check_weight("x", reference, weight)
     for row in range(n):
         weight.packed[row, row % 6] ^= 1 << 2 * (row % 4)
@@ -451,7 +466,7 @@ def test_every_code_of_a_packed_layer_is_compared(n):
             verify.check_weight("x", reference, weight)
         weight.packed[row, row % 6] ^= 1 << 2 * (row % 4)
     with pytest.raises(CheckpointError, match="the scale at"):
-        verify.check_weight("x", verify.bitnet_reference(packed, torch.tensor([0.7]), True), weight)
+        verify.check_weight("x", verify.bitnet_reference(packed, torch.tensor([0.7]), True, n), weight)
 
 
 def test_every_code_of_a_rounded_layer_is_compared():
