@@ -27,6 +27,7 @@ __all__ = [
     "ArgumentError",
     "ArtifactError",
     "BitBLASError",
+    "BitLinear",
     "BuildError",
     "CheckpointError",
     "ConfigError",
@@ -39,21 +40,26 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "auto_detect_nvidia_target",
+    "deploy",
     "load_model",
     "logger",
     "quantize_",
     "set_log_level",
+    "ternarize_",
 ]
 
 
 #: Importable as attributes, without being loaded by `import bitblas`.
 _SUBMODULES = ("cache", "checkpoints", "codecs", "module", "nn", "quantization")
 _LAZY = {
+    "BitLinear": "nn",
     "Linear": "nn",
     "MatmulConfigWithSplitK": "ops",
     "MatmulWithSplitK": "ops",
+    "deploy": "nn",
     "load_model": "checkpoints.load",
     "quantize_": "nn",
+    "ternarize_": "nn",
 }
 
 

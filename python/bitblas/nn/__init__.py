@@ -1,6 +1,7 @@
 """Layers for torch models."""
 
+from .bitlinear import BitLinear
 from .linear import Linear
-from .replace import quantize_
+from .replace import deploy, quantize_, ternarize_
 
-__all__ = ["Linear", "quantize_"]
+__all__ = ["BitLinear", "Linear", "deploy", "quantize_", "ternarize_"]

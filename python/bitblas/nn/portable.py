@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-#: Tensors that are floats, but for packed zero points.
-_FLOATING = ("scales", "zeros", "bias")
-#: What may lie beside a weight.
-_OTHERS = (*_FLOATING, "perm", "format")
-
-
 class Portable(torch.nn.Module):
     """A module around one operator, whose weight is native in memory, and packed wherever it leaves the machine.
 
@@ -48,6 +42,13 @@ class Portable(torch.nn.Module):
     #: the operator with the buffers, where they have been checked
     _bound: BoundMatmul | None
     perm: torch.Tensor | None
+    #: what the scales are called
+    _scale_name: ClassVar[str] = "scales"
+
+    @property
+    def _floating(self) -> tuple[str, str, str]:
+        """Names of the tensors that are floats, but for packed zero points, in the operator's order."""
+        return self._scale_name, "zeros", "bias"
 
     def _choose(self, config: MatmulConfig, device: torch.device) -> None:
         self._operator = shared_operator(config, target_of(device), *self._options)
@@ -63,10 +64,14 @@ class Portable(torch.nn.Module):
         """Where the buffers are."""
         return self._weight.device
 
+    @staticmethod
+    def _name_weight(config: MatmulConfig) -> str:
+        """What the weight of a config is called."""
+        return "weight" if config.format.is_native or config.W_dtype == config.A_dtype == "int8" else "qweight"
+
     @property
     def _weight_name(self) -> str:
-        config = self.config
-        return "weight" if config.format.is_native or config.W_dtype == config.A_dtype == "int8" else "qweight"
+        return self._name_weight(self.config)
 
     @property
     def _weight(self) -> torch.Tensor:
@@ -102,7 +107,7 @@ class Portable(torch.nn.Module):
         new = (
             shared_operator(config, target_of(probe.device), *self._options) if moved or config != self.config else old
         )
-        before = {name: self._tensor(name) for name in _FLOATING}
+        before = {name: self._tensor(name) for name in self._floating}
         weight, buffers = self._weight.detach(), dict(self._buffers)
         try:
             if new.layout != old.layout:
@@ -131,7 +136,7 @@ class Portable(torch.nn.Module):
         `exact`: ArgumentError where a value becomes infinite.
         """
         wanted = (self.config.scale_dtype, self.config.scale_dtype, self.config.bias_dtype)
-        for name, dtype in zip(_FLOATING, (getattr(torch, name) for name in wanted), strict=True):
+        for name, dtype in zip(self._floating, (getattr(torch, name) for name in wanted), strict=True):
             tensor = self._tensor(name)
             if tensor is None or not tensor.is_floating_point() or tensor.dtype is dtype:
                 continue
@@ -176,7 +181,8 @@ class Portable(torch.nn.Module):
     ) -> None:
         given, errors = dict(state_dict), len(error_msgs)
         weight, form, perm = (given.get(prefix + name) for name in (self._weight_name, "format", "perm"))
-        conflicts = self._conflicts({name: given.get(prefix + name) for name in (self._weight_name, *_OTHERS)})
+        others = (*self._floating, "perm", "format")
+        conflicts = self._conflicts({name: given.get(prefix + name) for name in (self._weight_name, *others)})
         if conflicts:
             error_msgs.extend(prefix + conflict for conflict in conflicts)
             return
@@ -232,7 +238,8 @@ class Portable(torch.nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         config = state.pop("_config")
         super().__setstate__(state)
-        tensor = next(t for t in (self._tensor(name) for name in ("qweight", "weight")) if t is not None)
+        tensor = self._tensor(self._name_weight(config))
+        assert tensor is not None
         self._choose(config, tensor.device)
         self._put(self._weight_name, relay(tensor, packed_layout(config), self._operator.layout))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from ..artifacts import Artifact
 from ..build import expression_module, scheduled_module
@@ -199,8 +199,8 @@ class Matmul(WithWeights, WithFacts):
         named = None
         if scale is not None or zeros is not None or bias is not None:
             named = {"scale": scale, "zeros": zeros, "bias": bias}
-        if torch.compiler.is_compiling() or type(A) not in PLAIN or _num_modes():
-            traced = isinstance(A, torch.Tensor)
+        if torch.compiler.is_compiling() or type(A) not in PLAIN or _num_modes() or profiler._is_profiler_enabled:
+            traced = isinstance(A, torch.Tensor)  # a profiler is to see `bitblas::matmul`
         else:
             traced = torch.is_grad_enabled() and (
                 A.requires_grad or (self._with_bias and _any_requires_grad(*extras, bias))

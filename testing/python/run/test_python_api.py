@@ -32,6 +32,9 @@ PUBLIC = {
     "bitblas.Matmul": ["bitblas.ops", "bitblas.ops.general_matmul"],
     "bitblas.Linear": ["bitblas.module", "bitblas.nn"],
     "bitblas.quantize_": ["bitblas.nn"],
+    "bitblas.BitLinear": ["bitblas.module", "bitblas.nn"],
+    "bitblas.ternarize_": ["bitblas.nn"],
+    "bitblas.deploy": ["bitblas.nn"],
     "bitblas.load_model": ["bitblas.checkpoints.load"],
     "bitblas.auto_detect_nvidia_target": ["bitblas.utils", "bitblas.utils.target_detector"],
     "bitblas.utils.get_all_nvidia_targets": ["bitblas.utils.target_detector"],
@@ -82,6 +85,7 @@ PLAIN = {
 DOORS = {
     "bitblas.Matmul": ("config", "name", "backend", "target", "plan"),
     "bitblas.Linear": (),
+    "bitblas.BitLinear": (),
     "bitblas.ops.MatmulWithSplitK": (),
     "bitblas.cache.OperatorCache": (),
     "bitblas.codecs.QuantizedWeight": ("W_dtype", "packed", "in_features", "scales"),

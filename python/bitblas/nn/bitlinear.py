@@ -1,0 +1,441 @@
+"""BitLinear: a layer with ternary weights, from training to deployment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from .. import packing
+from ..codecs import QuantizedWeight
+from ..codecs.ternary import TERNARY, TernaryScheme, to_ternary
+from ..config import DEFAULT_BUCKETS, MatmulConfig, check_flag, check_size
+from ..errors import ArgumentError, ConfigError
+from .layer import QuantizedLayer, under_autocast
+from .portable import Portable
+from .state import FLOATS, fit_tensor, packed_layout, relay
+from .straight_through import ternary_linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class BitLinear(QuantizedLayer):
+    """y = x · Wᵀ (+ bias) with weights in {-1, 0, 1}, and activations rounded to int8 on the way.
+
+    In training the layer has the parameters `weight` (N, K) and `bias` (N,). Each call rounds both operands, in float32::
+
+        s = max(max |x| of the row, eps) / 127      q = rint(x / s)
+        t = max(mean |W|, eps)                      w = clamp(rint(W / t), -1, 1)
+        y = (q · wᵀ) · (t · s) + bias
+
+    and gradients pass both roundings as if they were not there (straight-through). `deploy` replaces the parameters by two
+    bits for each weight; then a call is one kernel, which computes the same.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        K and N, at least 1.
+    bias : bool
+        Whether a bias is added.
+    eps : float
+        See above; at least 2^-119.
+    quant_type : str
+        What shares a scale: ``ai8pc``, int8 activations, those of a row; with ``_wpt`` all weights (t is one number), with
+        ``_wpc`` those of an output channel, with ``_wpg`` each 128 in_features of one, with ``_wpg64`` each 64, and so on.
+    device, dtype
+        Of the parameters: float32, float16 or bfloat16, which x and y have, too; None: torch's defaults.
+
+    Attributes
+    ----------
+    w_packed : torch.Tensor
+        When deployed: int8 (N, ceil(K / 4)), in the layout that the kernels of this device read; in a `state_dict` packed.
+    w_scale : torch.Tensor
+        When deployed: t, for ``wpt`` float32 (1,); else (N, 1) or (N, K / group) in the layer's dtype.
+    bias : torch.Tensor or None
+        (N,): a parameter in training, a buffer when deployed.
+    format : torch.Tensor
+        When deployed: uint8 (128,), names the format of `w_packed`.
+
+    A `state_dict` of a deployed layer loads into any layer of its shape, which is deployed then. What is said of devices and
+    dtypes of `Linear` holds for deployed layers.
+
+    Raises
+    ------
+    ConfigError
+        A value is not allowed.
+    """
+
+    _scale_name: ClassVar[str] = "w_scale"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        eps: float = 1e-6,
+        quant_type: str = "ai8pc_wpt",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._reset(in_features, out_features, bias, eps, quant_type, dtype or torch.get_default_dtype())
+        place = {"device": device, "dtype": getattr(torch, self._asked.A_dtype)}
+        self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, **place))
+        self.bias = torch.nn.Parameter(torch.empty(out_features, **place)) if self._asked.with_bias else None
+        self.reset_parameters()
+
+    def _reset(self, k: int, n: int, bias: bool, eps: float, quant_type: str, dtype: torch.dtype) -> None:
+        """All but the tensors."""
+        name = str(dtype).removeprefix("torch.")
+        if name not in FLOATS:
+            raise ConfigError(f"dtype is {dtype}; allowed: {', '.join(FLOATS)}")
+        self._scheme = TernaryScheme.parse(quant_type)
+        self._operator = None  # type: ignore[assignment]  # there is one from `deploy` on
+        self._bound = None
+        self._options = (True, False)
+        #: the question of the kernels, with the dtype that the layer was made with
+        self._asked = MatmulConfig(
+            M=DEFAULT_BUCKETS,
+            N=check_size("out_features", n),
+            K=check_size("in_features", k),
+            A_dtype=name,
+            W_dtype=TERNARY,
+            out_dtype=name,
+            accum_dtype="float32",
+            with_bias=check_flag("bias", bias),
+            group_size=self._scheme.group or -1,
+            with_scaling=True,
+            dynamic_quantization="row",
+            activation_eps=eps,
+            scale_per_tensor=self._scheme.group is None,
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as `torch.nn.Linear` does: uniform between ±1/√K.
+
+        Raises
+        ------
+        ArgumentError
+            The layer is deployed.
+        """
+        if self.deployed:
+            raise ArgumentError("the layer is deployed: it has no parameters")
+        bound = 1 / math.sqrt(self.in_features)
+        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            torch.nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear, quant_type: str = "ai8pc_wpt", eps: float = 1e-6) -> BitLinear:
+        """A layer to be trained that holds the very parameters of a torch layer, which it shares with it.
+
+        Parameters
+        ----------
+        linear : torch.nn.Linear
+            Of float32, float16 or bfloat16.
+        quant_type, eps
+            As of the constructor.
+
+        Raises
+        ------
+        ArgumentError
+            It is no `torch.nn.Linear`.
+        ConfigError
+            Another dtype, or a value that is not allowed.
+        """
+        if not isinstance(linear, torch.nn.Linear):
+            raise ArgumentError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear")
+        layer = cls._empty(
+            linear.in_features, linear.out_features, linear.bias is not None, eps, quant_type, linear.weight.dtype
+        )
+        layer.weight, layer.bias = linear.weight, linear.bias  # type: ignore[assignment]  # parameters as they are
+        return layer.train(linear.training)
+
+    @classmethod
+    def _empty(cls, k: int, n: int, bias: bool, eps: float, quant_type: str, dtype: torch.dtype) -> Self:
+        """A layer without tensors."""
+        layer = cls.__new__(cls)
+        torch.nn.Module.__init__(layer)
+        layer._reset(k, n, bias, eps, quant_type, dtype)
+        return layer
+
+    @classmethod
+    def from_ternary(
+        cls,
+        codes: torch.Tensor | QuantizedWeight,
+        scale: torch.Tensor | float | None = None,
+        bias: torch.Tensor | None = None,
+        *,
+        eps: float = 1e-6,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> BitLinear:
+        """A deployed layer with given weights.
+
+        Parameters
+        ----------
+        codes : torch.Tensor or QuantizedWeight
+            (N, K) of -1, 0 and 1 in any dtype, or an int2 weight without zero points.
+        scale : torch.Tensor or float, optional
+            One number, (N,), (N, 1) or (N, K / g), which makes the scheme. None: that of a QuantizedWeight, 1 for a tensor.
+        bias : torch.Tensor, optional
+            (N,); None: that of a QuantizedWeight.
+        eps, dtype
+            As of the constructor; None: the dtype of the scale, where it is a tensor of one of the three, else float32.
+        device : torch.device or str, optional
+            None: where the codes are.
+
+        Raises
+        ------
+        ArgumentError
+            Values that are not ternary, or shapes that do not go together.
+        """
+        if isinstance(codes, QuantizedWeight):
+            if codes.W_dtype != TERNARY or codes.zeros is not None or codes.perm is not None:
+                raise ArgumentError(f"the weight is {codes.W_dtype}; it must be int2, without zero points and order")
+            scale, bias = codes.scales if scale is None else scale, codes.bias if bias is None else bias
+            codes = packing.unpack_rows(codes.packed.view(torch.uint8), codes.in_features, 2).to(torch.int8) - 2
+        if codes.dim() != 2 or not codes.numel():
+            raise ArgumentError(f"codes have shape {tuple(codes.shape)}; expected (out_features, in_features)")
+        if not bool(((codes == 0) | (codes == 1) | (codes == -1)).all()):
+            raise ArgumentError("codes hold other values than -1, 0 and 1")
+        named = isinstance(scale, torch.Tensor) and str(scale.dtype).removeprefix("torch.") in FLOATS
+        dtype = dtype or (scale.dtype if named else torch.float32)  # type: ignore[union-attr]
+        factors = torch.as_tensor(1.0 if scale is None else scale, device=codes.device).detach()
+        scheme, factors = _scheme_of(factors, *codes.shape)
+        place = torch.device(device) if device is not None else codes.device
+        n, k = codes.shape
+        layer = cls._empty(k, n, bias is not None, eps, scheme.quant_type, dtype)
+        layer._allocate(place)
+        layer._fill(codes.to(torch.int8), factors, bias)
+        return layer
+
+    # -- what it is ------------------------------------------------------------------------------------------------------
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the weights are packed, and there is nothing to be trained any more."""
+        return self._operator is not None
+
+    @property
+    def config(self) -> MatmulConfig:
+        """That of the kernels which the layer is, or would be, deployed to."""
+        if self.deployed:
+            return self._operator.config
+        name = str(self.weight.dtype).removeprefix("torch.")
+        return self._asked if name == self._asked.A_dtype else replace(self._asked, A_dtype=name, out_dtype=name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return (self._weight if self.deployed else self.weight).device
+
+    in_features = property(lambda self: self._asked.K)
+    out_features = property(lambda self: self._asked.N)
+    eps = property(lambda self: self._asked.activation_eps)
+    quant_type = property(lambda self: self._scheme.quant_type)
+
+    @staticmethod
+    def _name_weight(config: MatmulConfig) -> str:
+        return "w_packed"
+
+    def extra_repr(self) -> str:
+        """What stands in the parentheses of `repr`."""
+        asked = self._asked
+        parts = [f"in_features={asked.K}, out_features={asked.N}, bias={asked.with_bias}"]
+        parts += [f"eps={self.eps}, quant_type={self.quant_type!r}", "deployed" if self.deployed else "training"]
+        return ", ".join(parts)
+
+    # -- calling ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, A: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the layer's output.
+
+        Parameters
+        ----------
+        A : torch.Tensor
+            (..., in_features) in the layer's dtype, on its device; under autocast any float.
+        output : torch.Tensor, optional
+            Of a deployed layer: (..., out_features) in its dtype, contiguous, to be filled and returned.
+
+        Returns
+        -------
+        torch.Tensor
+            (..., out_features) in the layer's dtype.
+
+        Raises
+        ------
+        ArgumentError
+            A tensor is of the wrong shape, dtype or device.
+        BuildError, ArtifactError, UnsupportedError
+            By the first call of a deployed layer, as for the constructor of `Matmul`.
+        """
+        if self._operator is not None:
+            return super().forward(A, output)
+        if output is not None:
+            raise ArgumentError("output was given; a layer fills it when it is deployed")
+        weight = self.weight
+        if not isinstance(A, torch.Tensor) or not A.dim() or A.shape[-1] != weight.shape[1]:
+            found = tuple(A.shape) if isinstance(A, torch.Tensor) else type(A).__name__
+            raise ArgumentError(f"A is {found}; it must be a tensor whose last dimension is K = {weight.shape[1]}")
+        if under_autocast(A):
+            A = A.to(weight.dtype)
+        if A.dtype is not weight.dtype or A.device != weight.device:
+            raise ArgumentError(
+                f"A is {A.dtype} on {A.device}; the layer takes {weight.dtype} on {weight.device}, and any float under autocast"
+            )
+        with torch.autocast(A.device.type, enabled=False):
+            return ternary_linear(A, weight, self.bias, self._scheme, self.eps)
+
+    # -- deployment ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def deploy(self) -> Self:
+        """Replace the parameters by packed weights, in place; of a layer that is deployed nothing changes.
+
+        Returns
+        -------
+        BitLinear
+            The layer.
+
+        Raises
+        ------
+        ArgumentError
+            The weight holds a NaN or an infinity.
+        ConfigError
+            The parameters have another dtype than float32, float16 and bfloat16.
+        UnsupportedError
+            There are no kernels for the device.
+        """
+        if self.deployed:
+            return self
+        weight, bias = self.weight.detach(), self.bias
+        scale = self._scheme.scale(weight, self.eps)
+        if not weight.is_meta and not bool(scale.isfinite().all()):
+            raise ArgumentError("the weight holds a NaN or an infinity")
+        codes = to_ternary(weight.float() / self._scheme.spread(scale)).to(torch.int8)
+        self._allocate(weight.device)
+        self._fill(codes, scale, bias)
+        return self
+
+    def _allocate(self, device: torch.device) -> None:
+        """Become a deployed layer, with buffers of zeros."""
+        config = self.config if "weight" in self._parameters else self._asked
+        self._choose(config, device)  # before anything changes, since it may fail
+        for name in ("weight", "bias"):
+            self._parameters.pop(name, None)
+        shapes = {
+            "w_packed": (tuple(self._operator.retrieve_weight_shape()), torch.int8),
+            "w_scale": (config.scale_shape, getattr(torch, config.scale_dtype)),
+            "bias": ((config.N,) if config.with_bias else None, getattr(torch, config.bias_dtype)),
+        }
+        for name, (shape, dtype) in shapes.items():
+            if shape is not None:
+                self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        self.register_buffer("format", self._expected_format().to(device))
+        # those that are None last: see `Linear`
+        for name in ("perm", *(() if config.with_bias else ("bias",)), "zeros"):
+            self.register_buffer(name, None)
+
+    def _fill(self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Put int8 (N, K) codes, a scale and a bias into the buffers."""
+        given = {"w_scale": scale} if bias is None else {"w_scale": scale, "bias": bias.detach()}
+        ready = {name: fit_tensor(name, t, self._tensor(name), self.device) for name, t in given.items()}
+        if not self._weight.is_meta:
+            ready["w_packed"] = self._operator.transform_weight(codes).to(self.device)
+        for name, tensor in ready.items():
+            self._put(name, tensor)
+
+    def to_quantized(self) -> QuantizedWeight:
+        """The weight of a deployed layer in the canonical form, on the layer's device, with scales (N, K / group).
+
+        Raises
+        ------
+        ArgumentError
+            The layer is not deployed.
+        """
+        self._check_deployed()
+        config, scale = self.config, self.w_scale
+        packed = relay(self._weight, self._operator.layout, packed_layout(config))
+        scales = scale.expand(config.N, 1).contiguous() if config.scale_per_tensor else scale
+        return QuantizedWeight(TERNARY, packed, config.K, scales, bias=self._tensor("bias"))
+
+    def load_packed_(self) -> Self:
+        """See `Linear.load_packed_`; ArgumentError of a layer in training."""
+        self._check_deployed()
+        return super().load_packed_()
+
+    def warmup(self, topk: int = 20) -> None:
+        """See `Linear.warmup`; ArgumentError of a layer in training."""
+        self._check_deployed()
+        super().warmup(topk)
+
+    def _check_deployed(self) -> None:
+        if not self.deployed:
+            raise ArgumentError("the layer is in training; deploy() packs its weight")
+
+    # -- moved, saved, loaded: as any module in training -------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        if self.deployed:
+            return super()._apply(fn, recurse)
+        return torch.nn.Module._apply(self, fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        save = super()._save_to_state_dict if self.deployed else super(Portable, self)._save_to_state_dict
+        save(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if self.deployed and prefix + "weight" in state_dict and prefix + "w_packed" not in state_dict:
+            error_msgs.append(
+                f"{prefix}weight is that of a layer in training, and this layer is deployed: load it into a new BitLinear, and "
+                f"deploy that"
+            )
+            return
+        if self.deployed or prefix + "w_packed" not in state_dict:
+            load = super()._load_from_state_dict if self.deployed else super(Portable, self)._load_from_state_dict
+            load(state_dict, prefix, *rest)
+            return
+        parameters, errors = dict(self._parameters), len(error_msgs)
+        self._allocate(self.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if len(error_msgs) > errors:  # as it was
+            self._operator, self._bound = None, None  # type: ignore[assignment]
+            self._buffers.clear()
+            self._parameters.update(parameters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() if self.deployed else dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_config" in state:
+            super().__setstate__(state)
+        else:
+            torch.nn.Module.__setstate__(self, state)
+
+
+def _scheme_of(scale: torch.Tensor, n: int, k: int) -> tuple[TernaryScheme, torch.Tensor]:
+    """The scheme of a scale, and the scale in its shape: one number for all where they are all the same."""
+    if scale.numel() == 1 or (scale.shape in ((n,), (n, 1)) and bool((scale == scale.view(-1)[0]).all())):
+        return TernaryScheme(None), scale.reshape(-1)[:1].float()
+    if scale.shape in ((n,), (n, 1)):
+        return TernaryScheme(-1), scale.reshape(n, 1)
+    if scale.dim() != 2 or scale.shape[0] != n or not scale.shape[1] or k % scale.shape[1]:
+        raise ArgumentError(
+            f"scale has shape {tuple(scale.shape)}; expected one number, ({n},), ({n}, 1), or ({n}, a divisor of {k})"
+        )
+    return TernaryScheme(k // scale.shape[1]), scale
