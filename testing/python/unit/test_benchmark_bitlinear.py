@@ -12,6 +12,7 @@ from benchmark.bitlinear import ALONE, BY_DIFFERENCE, FEW, FEW_INT8, INT8, OPERA
 
 import bitblas
 from bitblas.bench import Comparison, Machine, Skipped, Timing
+from documents import ROOT
 
 MACHINE = Machine("cpu", "isa", 2, 32 << 20, bandwidth=3e10, int8=4e11)
 VERSIONS = {"python": "3", "kernels": "abc"}
@@ -364,3 +365,27 @@ def test_peers_are_chosen_by_case_and_name():
     bitnet = {f"transformers {kind}" for kind in ("BitLinear {}", "BitLinear {}, eager", "AutoBitLinear {}")}
     assert names("bfloat16") == dense | parts | {name.format("bfloat16") for name in bitnet}
     assert names("float32", "eager") == {"torch.nn.Linear float32", "transformers BitLinear float32, eager"}
+
+
+# -- the document ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_document_holds_a_run():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    section = text.split("\n## BitLinear\n")[1].split("\n## ")[0]
+    for name in ("latency", "throughput", "memory"):
+        assert f"](images/bitlinear_{name}.png)" in section
+    asked = {(rule.group, rule.asked) for rule in bitlinear.RULES}
+    assert asked <= {tuple(row.strip("| ").split(" | ")[:2]) for row in section.splitlines() if row.startswith("| ")}
+    cells = []
+    for block in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+        heading, _, *rows = ([part.strip() for part in row.strip("|").split("|")] for row in block.splitlines())
+        cells += [row for row in rows if heading[:5] == ["", "N × K", "M", "bitblas", "limit"]]
+    assert {(row[0], row[1], int(row[2])) for row in cells} == {
+        (case.name, "{} × {}".format(*case.shape), m) for case in bitlinear.full() for m in case.rows
+    }
+    for row in cells:
+        for value in row[5:]:
+            if value != "–":
+                peer, times = (float(part) for part in re.fullmatch(r"([\d.]+) \(([\d.]+)\)", value).groups())
+                assert times == pytest.approx(peer / float(row[3]), rel=0.02, abs=0.01), row
