@@ -19,7 +19,7 @@ from bitblas.bench import Comparison, Peer, Skipped, own_variant, side_by_side, 
 from bitblas.bench.matmul import MEMORY_CAP, MEMORY_PART, moved_bytes
 from bitblas.measuring import read_bytes
 
-from . import cases, matmul, plots, report
+from . import cases, goals, matmul, plots, report
 from .bitlinear_layers import (
     EAGER,
     OURS,
@@ -195,10 +195,7 @@ RULES: tuple[Rule, ...] = (
 def judge(results: Iterable[tuple[str, Comparison]]) -> Iterator[Goal]:
     """Every rule on every cell that it speaks of, and the bytes of each layer."""
     kept = list(results)
-    for rule in RULES:
-        for name, row in kept:
-            if rule.applies(name, shape_of(row), row.m):
-                yield rule.judge(name, row)
+    yield from goals.judge(kept, RULES)
     static = {(name, shape_of(row)): row.static_bytes for name, row in kept}
     for (name, shape), size in static.items():
         place, saved = "{}, {} × {}".format(name, *shape), 1 - size / dense_bytes(shape)

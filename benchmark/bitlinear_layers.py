@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -112,30 +112,22 @@ def dense_layer(workload: Workload, dtype: str) -> torch.nn.Linear:
 # -- transformers ----------------------------------------------------------------------------------------------------------
 
 
-def packed_layer(workload: Workload, dtype: str) -> torch.nn.Module:
-    """transformers' BitLinear: four rows to a byte, unpacked at each call; it divides by its scale."""
+def bitnet_layer(kind: str, workload: Workload, dtype: str) -> torch.nn.Module:
+    """A layer of transformers.
+
+    Its BitLinear holds four rows to a byte, unpacks them at each call and divides by its scale. AutoBitLinear, offline, holds a
+    dense weight of -1, 0 and 1; it multiplies by its scale, the bias too.
+    """
     from transformers.integrations import bitnet
 
-    config = workload.config
-    layer = bitnet.BitLinear(config.K, config.N, config.with_bias, dtype=getattr(torch, dtype))
-    layer.weight.copy_(bitnet.pack_weights(workload.weight.clone()))  # which adds to what it is given
-    layer.weight_scale.copy_(1 / workload.scale)
-    if workload.bias is not None:
-        layer.bias.copy_(workload.bias)
-    return layer
-
-
-def auto_layer(workload: Workload, dtype: str) -> torch.nn.Module:
-    """transformers' AutoBitLinear, offline: a dense weight of -1, 0 and 1. It multiplies the bias by its scale, too."""
-    from transformers.integrations import bitnet
-
-    config = workload.config
-    layer = bitnet.AutoBitLinear(config.K, config.N, config.with_bias, dtype=getattr(torch, dtype))
+    config, packed = workload.config, kind == "BitLinear"
+    layer = getattr(bitnet, kind)(config.K, config.N, config.with_bias, dtype=getattr(torch, dtype))
     with torch.no_grad():
-        layer.weight.copy_(workload.weight)
-        layer.weight_scale.copy_(workload.scale)
+        # pack_weights adds to what it is given
+        layer.weight.copy_(bitnet.pack_weights(workload.weight.clone()) if packed else workload.weight)
+        layer.weight_scale.copy_(1 / workload.scale if packed else workload.scale)
         if workload.bias is not None:
-            layer.bias.copy_(workload.bias.float() / workload.scale)
+            layer.bias.copy_(workload.bias if packed else workload.bias.float() / workload.scale)
     return layer
 
 
@@ -170,12 +162,13 @@ def transformers_layer(title: str, build: Callable[[Workload, str], torch.nn.Mod
     return make
 
 
+_PACKED = partial(bitnet_layer, "BitLinear")
 #: Every peer, in the order of the tables; the first is what all are compared with.
 PEERS: dict[str, Peer] = {
     **{TORCH.format(dtype): torch_linear(dtype) for dtype in ("float32", "bfloat16")},
     **{
         title.format(dtype): transformers_layer(title, build, dtype)
-        for title, build in ((PACKED, packed_layer), (EAGER, packed_layer), (DENSE, auto_layer))
+        for title, build in ((PACKED, _PACKED), (EAGER, _PACKED), (DENSE, partial(bitnet_layer, "AutoBitLinear")))
         for dtype in ("float32", "bfloat16")
     },
 }
@@ -189,7 +182,7 @@ def dense_bytes(shape: tuple[int, int]) -> int:
     return 4 * (math.prod(shape) + shape[0])
 
 
-@functools.cache
+@cache
 def layer_bytes(shape: tuple[int, int]) -> dict[str, int]:
     """Bytes of the parameters and buffers of a layer with a bias, for N and K, by its kind; without what is not installed."""
     n, k = shape
