@@ -1,8 +1,8 @@
 """Door of the public API: layers, by the name that the original BitBLAS gives their module."""
 
-from ..nn import Linear
+from ..nn import BitLinear, Linear
 
-__all__ = ["BITBLAS_DATABASE_PATH", "BITBLAS_TARGET", "Linear"]
+__all__ = ["BITBLAS_DATABASE_PATH", "BITBLAS_TARGET", "BitLinear", "Linear"]
 
 
 def __getattr__(name: str) -> object:

@@ -35,3 +35,10 @@ def test_a_model(tmp_path):
     assert "33.6 MB -> 4.5 MB" in printed
     assert "the same outputs" in printed
     assert "20 steps of an adapter" in printed
+
+
+@pytest.mark.slow
+def test_a_ternary_net(tmp_path):
+    printed = run("ternary.py", tmp_path)
+    assert "1.09 MB -> 0.07 MB" in printed
+    assert "the same outputs" in printed
