@@ -45,9 +45,21 @@ def main() -> None:
     parser.add_argument("--N", type=int, default=4096)
     parser.add_argument("--K", type=int, default=4096)
     parser.add_argument("--W_dtype", default="uint4")
+    parser.add_argument("--A_dtype", default="float16")
+    parser.add_argument(
+        "--M", type=int, nargs="+", help="rows that kernels are made for; default: those of MatmulConfig"
+    )
+    parser.add_argument(
+        "--ternary", action="store_true", help="int2 with one scale, activations quantized by row, a bias: a BitLinear"
+    )
     given = parser.parse_args()
     fields = {"with_scaling": True, "with_zeros": given.W_dtype.startswith(("uint", "int")), "group_size": 128}
-    config = MatmulConfig(N=given.N, K=given.K, A_dtype="float16", W_dtype=given.W_dtype, **fields)
+    if given.ternary:
+        given.W_dtype = "int2"
+        fields = {"with_scaling": True, "scale_per_tensor": True, "with_bias": True}
+        fields |= {"dynamic_quantization": "row", "activation_eps": 1e-6}
+    shape = {"M": given.M, "N": given.N, "K": given.K}
+    config = MatmulConfig(**shape, A_dtype=given.A_dtype, W_dtype=given.W_dtype, out_dtype=given.A_dtype, **fields)
     op = Matmul(config, target=given.target)
     print(HEADER, *rows(op), sep="\n")
     print(f"\n{op.origin} in {op.provided.seconds:.3f} s")

@@ -1,4 +1,4 @@
-"""Small problems that reach every rule for cards; as a program, with the name of a rule, it checks that kernel on a card."""
+"""Small problems that reach every rule for cards; as a program, with the name of a rule or a case, it checks that on a card."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ CONFIGS = (
     _config("float16", "uint4", 32, 16384, **_GROUPS),  # few columns and a long K, which is shared out
 )
 
+_TERNARY = {"with_scaling": True, "scale_per_tensor": True, "with_bias": True, "activation_eps": 1e-6}
+_BY_ROW = {"dynamic_quantization": "row"}
+#: Activations that are quantized on the way: a layer of ternary weights, every dtype, zero points, groups, tails, a long K.
+QUANTIZED = {
+    "ternary": _config("float16", "int2", 256, 512, **_TERNARY, **_BY_ROW, **_HALF),
+    "bfloat16": _config("bfloat16", "int2", 208, 384, **_TERNARY, **_BY_ROW),
+    "float32": _config("float32", "int4", 256, 512, **_GROUPS, **_BY_ROW),
+    "zeros": _config("float16", "uint4", 256, 512, with_zeros=True, **_GROUPS, **_BY_ROW),
+    "bytes": _config("float16", "int8", 48, 320, with_scaling=True, **_BY_ROW),
+    "parts": _config("float16", "int2", 32, 16384, **_TERNARY, **_BY_ROW),
+    "tails": _config("float16", "int2", 37, 99, **_TERNARY, **_BY_ROW),
+    "group": _config("float16", "uint4", 256, 512, **_GROUPS, dynamic_quantization="group"),
+}
+
 
 def by_rule(target: Target, few_rows: bool = False) -> dict[str, tuple[MatmulConfig, int]]:
     """For each rule that a target's plans take, the first of these problems that takes it, and its most rows, or fewest."""
@@ -75,6 +89,12 @@ def check(config: MatmulConfig, m: int, target: str = "cuda", device: str = "cud
             (reference.assert_exact if exact else reference.assert_close)(out.cpu(), part)
 
 
+def quantized(name: str, m: int) -> tuple[MatmulConfig, int]:
+    """A problem of `QUANTIZED` for so many rows."""
+    return replace(QUANTIZED[name], M=(m,)), m
+
+
 if __name__ == "__main__":
-    check(*by_rule(resolve_target("cuda"))[sys.argv[1]])
+    cases = {f"{name}-{m}": quantized(name, m) for name in QUANTIZED for m in ROWS}
+    check(*(cases.get(sys.argv[1]) or by_rule(resolve_target("cuda"))[sys.argv[1]]))
     sys.stdout.write("right\n")

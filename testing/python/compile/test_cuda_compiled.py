@@ -44,14 +44,33 @@ def test_nothing_spills(name, arch):
     fields = {"A_dtype": a_dtype, "with_scaling": True, "group_size": 128, "W_dtype": name}
     if FORMATS[name].is_integer:
         fields.update(with_zeros=True)
-    op, resources = built(f"cuda -arch={arch}", **fields)
-    assert len(resources) == len(op.plan.kernels) >= 3
+    check_resources(*built(f"cuda -arch={arch}", **fields))
+
+
+def check_resources(op, resources):
+    """Nothing spills, and what a block takes is there."""
+    assert len(resources) == len(op.plan.kernels) >= 2
     for kernel in op.plan.kernels:
         took = resources[f"{kernel.name}_kernel"]
         assert (took["spill_stores"], took["spill_loads"], took["stack"]) == (0, 0, 0), kernel
         threads = kernel.tiling.num_threads
         assert took["registers"] * threads * kernel.tiling.blocks_at_once <= 65536
         assert kernel.tiling.shared_bytes(op.plan.config) <= op.target.card.shared_bytes
+
+
+def of_quantized():
+    """Weights and float activations that are quantized on every card, in turn in the short run."""
+    names, archs = ("int2", "uint4", "int8", "int1", "int3"), ("sm_75", "sm_80", "sm_90")
+    for i, (name, a_dtype, arch) in enumerate(itertools.product(names, ("float16", "bfloat16", "float32"), archs)):
+        marks = () if name == "int2" and i % 4 == 0 else (pytest.mark.slow, pytest.mark.exhaustive)
+        yield pytest.param(name, a_dtype, arch, id=f"{name}-{a_dtype}-{arch}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "a_dtype", "arch"), [*of_quantized()])
+def test_nothing_spills_where_activations_are_quantized(name, a_dtype, arch):
+    scaled = {"scale_per_tensor": True} if name == "int2" else {"group_size": 128, "with_zeros": name != "int1"}
+    fields = {"A_dtype": a_dtype, "W_dtype": name, "with_scaling": True, "with_bias": True}
+    check_resources(*built(f"cuda -arch={arch}", dynamic_quantization="row", **fields, **scaled))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +84,11 @@ def test_nothing_spills(name, arch):
         ),
         ("sm_80", {"A_dtype": "int8", "W_dtype": "int4"}, ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",)),
         ("sm_75", {}, ("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32",)),
+        (
+            "sm_80",
+            {"dynamic_quantization": "row", "W_dtype": "int2"},
+            ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "redux.sync.max.u32"),
+        ),
     ],
 )
 def test_promised_instructions(arch, fields, promised, tmp_path):

@@ -163,7 +163,39 @@ class TestSemantics:
             )
             for group, K in shapes
         ]
+        one = {"W_dtype": "int2", "with_scaling": True, "scale_per_tensor": True, "with_bias": True}
+        configs += [
+            config(A_dtype=a_dtype, N=7, K=K, dynamic_quantization=how, activation_eps=1e-6, **one)
+            for a_dtype, K in (("float16", 99), ("bfloat16", 96), ("float32", 33))
+        ]
         check_all(rule, configs, tmp_path)
+
+    @both
+    def test_each_rounded_value_is_the_documented_one(self, rule, tmp_path):
+        """Weights of one pick single activations: q · s to the last bit, at ties as well, and with an eps larger than a row."""
+        K, rows = 96, ROWS[rule][0]
+        configs = [
+            config(N=K, K=K, W_dtype="int2", A_dtype=a_dtype, out_dtype="float32", **quantized)
+            for a_dtype in ("float16", "bfloat16", "float32")
+            for quantized in (
+                {"dynamic_quantization": "row", "activation_eps": 0.7},
+                {"dynamic_quantization": "group", "group_size": 32},
+            )
+        ]
+        functions = {f"f{i}": function(rule, problem_of(cfg, rows), f"f{i}") for i, cfg in enumerate(configs)}
+        found = emulator.load(emulator.build(text_of(functions), tmp_path))
+        A = torch.randn(rows, K, generator=torch.Generator().manual_seed(3))
+        ties = torch.arange(K) % 127 + 0.5
+        A[0] = ties * 1.2345 / 127
+        A[1, 1:], A[1, 0], A[2] = ties[1:], 127, A[2] * 1e-3
+        for i, cfg in enumerate(configs):
+            given = A.to(getattr(torch, cfg.A_dtype))
+            problem = replace(draw(cfg, rows, exact=True), A=given, codes=torch.eye(K, dtype=torch.int64) + 2)
+            call = arguments(problem)
+            emulator.run(found[f"f{i}"], *call)
+            groups = K // cfg.group_size if cfg.group_size > 0 else 1
+            whole, scale = reference.quantize(given, groups, cfg.activation_eps)
+            assert torch.equal(call[-1], torch.from_numpy(whole * scale).view(rows, K))
 
     @both
     def test_odd_shapes(self, rule, tmp_path):

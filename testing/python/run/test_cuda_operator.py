@@ -51,18 +51,37 @@ def test_each_rule(rule):
     card_cases.check(*case_of(rule))
 
 
+@pytest.mark.parametrize("m", [1, 32, 128])
+@pytest.mark.parametrize("name", card_cases.QUANTIZED)
+def test_each_rule_that_quantizes_activations(name, m):
+    card_cases.check(*card_cases.quantized(name, m))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", CUDA_RULES)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_each_rule_under_compute_sanitizer(rule, tool):
+    config, _ = case_of(rule)
+    watch(config, rule, tool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [1, 32])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_quantized_activations_under_compute_sanitizer(m, tool):
+    config, _ = card_cases.quantized("ternary", m)
+    watch(config, f"ternary-{m}", tool)
+
+
+def watch(config, case, tool):
+    """Run a case of card_cases.py under a tool of compute-sanitizer."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
         pytest.skip("there is no compute-sanitizer")
-    config, _ = case_of(rule)
     Matmul(config, target="cuda")  # built here, so that only the kernel is watched
     # what torch asks of the driver, and is refused, is no error of ours
     options = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-    command = [program, *options, sys.executable, str(HERE), rule]
+    command = [program, *options, sys.executable, str(HERE), case]
     # each tensor in an allocation of its own, so that what is read or written beside one is seen
     paths = os.pathsep.join(map(str, (HERE.parent, HERE.parents[2] / "python", os.environ.get("PYTHONPATH", ""))))
     variables = {**os.environ, "PYTHONPATH": paths, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -79,7 +98,8 @@ def every_tiling():
     if not torch.cuda.is_available():
         return
     target = resolve_target("cuda")
-    for rule, (config, m) in card_cases.by_rule(target).items():
+    cases = card_cases.by_rule(target) | {f"ternary-{m}": card_cases.quantized("ternary", m) for m in (1, 16, 128)}
+    for rule, (config, m) in cases.items():
         plan = plan_matmul(config, target)
         problem = Problem(plan.config, plan.layout, target, m)
         for index, tiling in enumerate(select_rule(RULES, problem).tilings(problem)):

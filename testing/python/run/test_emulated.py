@@ -29,6 +29,14 @@ def test_each_rule(rule, arch):
     card_cases.check(*found[rule], target, "cpu")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "m"), [*((name, 1) for name in card_cases.QUANTIZED), ("ternary", 16), ("zeros", 16), ("group", 16)]
+)
+def test_each_rule_that_quantizes_activations(name, m):
+    card_cases.check(*card_cases.quantized(name, m), devices.EMULATED, "cpu")
+
+
 @pytest.fixture(scope="module")
 def op():
     fields = {"with_scaling": True, "with_zeros": True, "with_bias": True, "group_size": 32, "accum_dtype": "float32"}

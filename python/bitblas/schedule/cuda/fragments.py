@@ -42,6 +42,13 @@ _SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
     64: ((64, 4, 2), (32, 4, 4), (64, 4, 1), (64, 8, 2)),
     128: ((64, 8, 2), (64, 4, 2), (32, 8, 4), (64, 8, 1)),
 }
+#: … and more where activations are quantized: fewer rows, whose magnitudes each block looks for, beside more columns.
+_QUANTIZED_SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
+    16: ((16, 8, 2),),
+    32: ((16, 8, 4), (32, 8, 4)),
+    64: ((16, 8, 4), (32, 8, 4)),
+    128: ((16, 8, 4), (32, 4, 4)),
+}
 
 
 def declines_fragments(config: MatmulConfig, target: Target) -> str | None:
@@ -49,12 +56,13 @@ def declines_fragments(config: MatmulConfig, target: Target) -> str | None:
     fmt, group = config.format, config.group
     if fmt.is_native:
         return f"takes weights of at most 8 bits, not {fmt.name}"
-    if config.A_dtype == "float32":
-        return "takes activations of at most 16 bits, not float32"
-    if config.A_dtype == "bfloat16" and target.capability < 80:
-        return f"multiplies bfloat16 from capability 8.0 on, not on {target}"
-    if config.dynamic_quantization is not None:
-        return "takes activations as they come, and does not quantize them"
+    if config.activation_groups > 1:
+        return "quantizes activations by row, not by group"
+    if not config.dynamic_quantization:
+        if config.A_dtype == "float32":
+            return "takes activations of at most 16 bits, not float32"
+        if config.A_dtype == "bfloat16" and target.capability < 80:
+            return f"multiplies bfloat16 from capability 8.0 on, not on {target}"
     if config.N % FRAGMENT_N or config.K % FRAGMENT_K:
         return f"takes N in multiples of {FRAGMENT_N} and K of {FRAGMENT_K}, not N = {config.N}, K = {config.K}"
     if config.is_grouped and config.num_groups > 1 and group % 32:
@@ -94,19 +102,14 @@ class FragmentRule(ScheduleRule[FragmentTiling]):
 
     def tilings(self, problem: Problem) -> list[FragmentTiling]:
         """See `ScheduleRule`."""
-        config, card = problem.config, card_of(problem)
+        config = problem.config
         size = min(max(16, 1 << (problem.m - 1).bit_length()), max(_SHAPES))
-        found = []
-        for rows, warps, n_tiles in _SHAPES[size]:
-            for wanted_k in (128, 64) if rows * n_tiles <= _MANY_SUMS else (64,):
-                tiling = FragmentTiling(
-                    rows, FRAGMENT_N * n_tiles * warps, divisor_steps(config, wanted_k), warps, stages=_STAGES
-                )
-                tiling = _fitted(tiling, config, card)
-                if tiling.block_n < 2 * config.N and tiling.shared_bytes(config) <= card.shared_bytes:
-                    found.append(tiling)
-        found = found or [FragmentTiling(min(size, 64), FRAGMENT_N, FRAGMENT_K, stages=2)]
-        return _with_parts(problem, found)
+        sizes = [size >> smaller for smaller in range(4) if size >> smaller in _SHAPES]
+        found = next(filter(None, (_staged(problem, each) for each in sizes)), [])
+        rows = min(size, 32 if config.dynamic_quantization else 64)
+        return _with_parts(
+            problem, found or [FragmentTiling(rows, FRAGMENT_N, FRAGMENT_K, stages=_least_stages(config))]
+        )
 
     def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: FragmentTiling) -> tirx.PrimFunc:
         """See `ScheduleRule`."""
@@ -140,9 +143,28 @@ class FragmentGemvRule(FragmentRule):
         return _with_parts(problem, found)
 
 
+def _staged(problem: Problem, size: int) -> list[FragmentTiling]:
+    """Tilings for about so many rows, those that N is wide enough for and that fit the shared memory of a block."""
+    config, card, found = problem.config, card_of(problem), []
+    for rows, warps, n_tiles in _SHAPES[size] + (_QUANTIZED_SHAPES[size] if config.dynamic_quantization else ()):
+        for wanted_k in (128, 64) if rows * n_tiles <= _MANY_SUMS else (64,):
+            tiling = FragmentTiling(
+                rows, FRAGMENT_N * n_tiles * warps, divisor_steps(config, wanted_k), warps, stages=_STAGES
+            )
+            tiling = _fitted(tiling, config, card)
+            if tiling.block_n < 2 * config.N and tiling.shared_bytes(config) <= card.shared_bytes:
+                found.append(tiling)
+    return found
+
+
+def _least_stages(config: MatmulConfig) -> int:
+    """Stages without which nothing would be on its way."""
+    return 3 if config.dynamic_quantization else 2
+
+
 def _fitted(tiling: FragmentTiling, config: MatmulConfig, card: Card) -> FragmentTiling:
     """With as many stages as the shared memory of a block holds."""
-    while tiling.stages > 2 and tiling.shared_bytes(config) > card.shared_bytes:
+    while tiling.stages > _least_stages(config) and tiling.shared_bytes(config) > card.shared_bytes:
         tiling = replace(tiling, stages=tiling.stages - 1)
     return tiling
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from ...machines import Card
 from ..rule import Problem
-from .tiles import FragmentTiling, element_bytes
+from .tiles import FragmentTiling, source_bytes
 
 #: Multiply-accumulates of 16 bits that a multiprocessor does in a second with `mma.sync`, about; of bytes twice as many.
 _PRODUCTS = 1e12
+#: Activations that a multiprocessor quantizes in a second.
+_QUANTIZED = 15e9
 #: Bytes a second between a multiprocessor and the second-level cache.
 _L2_BYTES = 40e9
 #: Seconds that a byte from memory is on its way: so long must as many bytes be asked for as the memory gives in that time.
@@ -48,14 +50,18 @@ def estimate(problem: Problem, tiling: FragmentTiling) -> float:
     flow = min(1.0, resident * ahead * card.num_sms / (bandwidth * _LATENCY))
     memory = problem.layout.num_bytes / (bandwidth * flow * min(1.0, busy * 1.25))
 
-    element = element_bytes(config)
+    element = source_bytes(config)
     padded = tiles_m * tiling.block_m * tiles_n * tiling.block_n
     products = padded * config.K / (card.num_sms * busy * _PRODUCTS * (2 if problem.layout.name == "mma8" else 1))
     rows = min(problem.m, tiles_m * tiling.block_m)  # others are not read
     read = tiles_n * rows * config.K * element + tiles_m * problem.layout.num_bytes
     cached = read / (card.num_sms * busy * _L2_BYTES)
+    before = 0.0
+    if config.dynamic_quantization:  # each block reads its rows, all of K, for the largest magnitudes, before all else
+        products += tiles_n * rows * config.K / (card.num_sms * busy * _QUANTIZED)
+        before = tiles_n * tiling.split_k * rows * config.K * element / (card.num_sms * busy * _L2_BYTES)
     parts = 0.0
     if tiling.split_k > 1:
         parts = _PART + 2 * padded * 4 * tiling.split_k / (card.num_sms * busy * _L2_BYTES)
     ends = (_BLOCK + tiling.stages * 0.1e-6) * waves
-    return max(memory, products, cached) + 0.2 * min(memory, products) + parts + ends + steps * 0.02e-6
+    return max(memory, products, cached) + 0.2 * min(memory, products) + before + parts + ends + steps * 0.02e-6

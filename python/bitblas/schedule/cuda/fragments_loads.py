@@ -12,11 +12,10 @@ from tvm.tirx.script.builder import ir as B
 
 from ...config import MatmulConfig
 from ...expr.storage import placed_dtype
-from ...formats import FORMATS
 from ...layout import FRAGMENT_K, FRAGMENT_N, WARP, PackedLayout, Plane
 from .emit import Registers, named, run, when
 from .fragments_decode import Decoder
-from .tiles import FRAGMENT_M, FragmentTiling, element_bytes
+from .tiles import FRAGMENT_M, FragmentTiling, element_bytes, source_bytes
 
 
 def products_of(config: MatmulConfig, layout: PackedLayout) -> str:
@@ -96,11 +95,11 @@ class FragmentLoads:
         self.scales_groups = config.with_scaling and not config.integer_accumulation
         self.per_group = config.num_groups > 1
         self.folds = self.per_group and (self.scales_groups or self.float_zeros)
+        self.element_bytes = element_bytes(config)
         #: Zero points and scales that a step needs: one, or one for each fold.
         self.num_folds = tiling.block_k // self.fold if self.per_group else 1
-        self.wide_activations = FORMATS[config.A_dtype].bits > 8
+        self.wide_activations = self.element_bytes > 1
         self.widen = "" if self.wide_activations or self.decoder.is_bytes else _widening(config)
-        self.element_bytes = element_bytes(config)
         #: Registers of the activations of 32 k as they lie in memory.
         self.raw = 4 if self.wide_activations else 2
         #: Bytes in which a packed zero point lies.
@@ -198,7 +197,7 @@ class FragmentLoads:
         index, n, group = self._per_row(n_tile, fold, half), self._column(n_tile, half), self._group(step, fold)
         scales, zeros = self.ahead.scales, self.ahead.zeros
         if scales is not None:
-            scales[index] = self.S[n, group]
+            scales[index] = self.S[0] if self.config.scale_per_tensor else self.S[n, group]
         if zeros is not None and self.float_zeros:
             zeros[index] = self.Z[n, group]
         if zeros is not None and self.config.zeros_packed:
@@ -221,7 +220,8 @@ class FragmentLoads:
         """Ask for a stage: the weights, each thread its own, and the activations, for all warps; rows beyond m are 0."""
         for place, words, address in self._vectors(step):
             run(f"copy_words_{4 * words}", self._staged_words(place, words, stage), B.address_of(self.W[address]))
-        tiling, chunk = self.tiling, 16 // self.element_bytes
+        size = source_bytes(self.config)
+        tiling, chunk = self.tiling, 16 // size
         per_row = tiling.block_k // chunk
         total = tiling.block_m * per_row
         for first in range(0, total, tiling.num_threads):
@@ -229,14 +229,10 @@ class FragmentLoads:
             with when(index < total if first + tiling.num_threads > total else True):
                 row, k = index // per_row, index % per_row * chunk
                 m = self.first_m + row
-                to = (
-                    stage * tiling.stage_bytes(self.config)
-                    + row * tiling.row_bytes(self.config)
-                    + k * self.element_bytes
-                )
+                to = stage * tiling.stage_bytes(self.config) + row * tiling.copied_row_bytes(self.config) + k * size
                 source = self.A[tirx.min(m, self.m - 1), step * tiling.block_k + k]
-                size = tirx.Select(m < self.m, tirx.const(16, "int32"), tirx.const(0, "int32"))
-                run("copy_async", B.address_of(self.shared[to]), B.address_of(source), size)
+                read = tirx.Select(m < self.m, tirx.const(16, "int32"), tirx.const(0, "int32"))
+                run("copy_async", B.address_of(self.shared[to]), B.address_of(source), read)
 
 
 def _widening(config: MatmulConfig) -> str:

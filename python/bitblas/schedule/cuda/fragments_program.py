@@ -19,7 +19,8 @@ from ...expr.streams import join_bytes
 from ...layout import FRAGMENT_K, FRAGMENT_N, WARP
 from .emit import Registers, let, named, run, when
 from .fragments_decode import Zero, table_words, u32
-from .fragments_loads import FragmentLoads, Loaded
+from .fragments_loads import Loaded
+from .fragments_quantize import FragmentQuantization
 from .tiles import FRAGMENT_M, SUM_PADDING
 
 #: Columns that a thread takes at once where sums pass through memory, and how many of these it has on their way.
@@ -28,7 +29,7 @@ _QUAD, _QUADS_AT_ONCE = 4, 16
 _ONES = {"f16": 0x3C003C00, "bf16": 0x3F803F80, "s8": 0x01010101, "u8": 0x01010101}
 
 
-class FragmentProgram(FragmentLoads):
+class FragmentProgram(FragmentQuantization):
     """The whole of a kernel: see `FragmentLoads` for its parameters."""
 
     def func(self, name: str) -> tirx.PrimFunc:
@@ -113,6 +114,7 @@ class FragmentProgram(FragmentLoads):
                 self.table[index] = u32(word)
         shared = tiling.shared_bytes(self.config)
         self.shared = named(f"shared_{self.name}", B.sblock_alloc_buffer((shared,), "int8", scope="shared.dyn"))
+        self._allocate_quantization()
 
     def _of_groups(self, prefix: str, per_row: int) -> tuple[Registers | None, Registers | None]:
         """Registers of scales and of zero points, where there are such."""
@@ -133,6 +135,7 @@ class FragmentProgram(FragmentLoads):
             self.ahead = self.loaded[half]
             with when(count > half):
                 self._load(worker + half * self.workers)
+        self._find_scales()
         with B.serial(0, (count + 1) // 2) as pair:
             named("pair", pair)
             for half in range(2):
@@ -140,7 +143,8 @@ class FragmentProgram(FragmentLoads):
                 turn = pair * 2 + half
                 step = worker + turn * self.workers
                 with when(turn < count if half else True):
-                    self._load_activations(step)  # from a cache, while the weights are still on their way
+                    # from a cache, while the weights are still on their way
+                    (self._quantize_step if self.quantizes else self._load_activations)(step)
                     if self.per_group:
                         self._split_zeros()
                     for block in range(self.blocks_per_step):
@@ -158,6 +162,11 @@ class FragmentProgram(FragmentLoads):
             with when(count > ahead):
                 self._copy(worker + ahead * self.workers, ahead)
             run("commit_copies")
+        ready = tiling.stages - 2 - int(self.quantizes)  # copies that may be under way while a step is multiplied
+        if self.quantizes:
+            self._find_scales()
+            run(f"wait_copies<{tiling.stages - 2}>")
+            self._quantize_stage(0, 0)
         with B.serial(0, count) as turn:
             named("turn", turn)
             step = worker + turn * self.workers
@@ -166,12 +175,15 @@ class FragmentProgram(FragmentLoads):
                 self._load(step + self.workers)
             if self.per_group:
                 self._split_zeros()
-            run(f"wait_copies<{tiling.stages - 2}>")
+            run(f"wait_copies<{ready}>")
             B.evaluate(B.tvm_storage_sync("shared"))
             later = turn + (tiling.stages - 1)
             with when(later < count):
                 self._copy(step + (tiling.stages - 1) * self.workers, later % tiling.stages)
             run("commit_copies")
+            if self.quantizes:
+                with when(turn + 1 < count):
+                    self._quantize_stage((turn + 1) % tiling.stages, (turn + 1) % 2)
             for place, words, _ in self._vectors(step):
                 source = self._staged_words(place, words, turn % tiling.stages)
                 run(f"load_shared_{4 * words}", self.now.words.at(place), source)
@@ -234,9 +246,11 @@ class FragmentProgram(FragmentLoads):
         tiling = self.tiling
         if tiling.stages:
             for m_tile in range(tiling.m_tiles):
+                row, k = m_tile * FRAGMENT_M + self.row, block * FRAGMENT_K + half_block * 32 + self.quarter * 8
                 offset = turn % tiling.stages * tiling.stage_bytes(self.config)
-                offset += (m_tile * FRAGMENT_M + self.row) * tiling.row_bytes(self.config)
-                offset += (block * FRAGMENT_K + half_block * 32 + self.quarter * 8) * self.element_bytes
+                offset += row * tiling.row_bytes(self.config) + k * self.element_bytes
+                if self.quantizes:
+                    offset = self._quantized_place(turn % 2, row, k)
                 run(
                     f"load_shared_{4 * self.raw}",
                     self.activations.at(m_tile * self.raw),
@@ -323,6 +337,7 @@ class FragmentProgram(FragmentLoads):
         )
         if tiling.stages:
             run("wait_copies<0>")
+        if tiling.stages or self.quantizes:
             B.evaluate(B.tvm_storage_sync("shared"))
         for n_tile in range(tiling.n_tiles):
             for m_tile in range(tiling.m_tiles):
@@ -410,6 +425,7 @@ class FragmentProgram(FragmentLoads):
             inside = tirx.all(inside, n < cfg.N)
         with when(inside):
             place = [0] if cfg.scale_per_tensor else [n, 0]
-            scale = self.S[place] if cfg.with_scaling and cfg.integer_accumulation else None
+            scale = widen(self.S[place]) if cfg.with_scaling and cfg.integer_accumulation else None
             bias = self.bias[n] if self.bias is not None else None
-            B.buffer_store(self.out, finish(cfg, value, scale, None, bias, threads=True, as_bits=True), [m, n])
+            row_scale = self._row_scale(row) if self.quantizes else None
+            B.buffer_store(self.out, finish(cfg, value, scale, row_scale, bias, threads=True, as_bits=True), [m, n])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...config import MatmulConfig
+from ...formats import FORMATS
 from ...layout import FRAGMENT_K, FRAGMENT_N, LANES, WARP, PackedLayout
 from ..rule import Tiling
 
@@ -30,7 +31,7 @@ class FragmentTiling(Tiling):
         Warps that share out the columns; and that share out the steps, and add their sums at the end.
     stages : int
         Steps whose activations lie in shared memory or are on their way there; 0 where each warp reads its own from global
-        memory.
+        memory. At least 3 where activations are quantized, a step before they are multiplied.
     split_k : int
         Blocks that share out the steps of one tile; the last to finish adds their sums.
     slab_m : int
@@ -77,18 +78,39 @@ class FragmentTiling(Tiling):
         element = element_bytes(config)
         return self.block_k * element + (32 * element - self.block_k * element) % _BANKS_BYTES
 
+    def copied_row_bytes(self, config: MatmulConfig) -> int:
+        """The same, of activations as they come: without a gap where they are quantized, each by the thread that copied it."""
+        return self.block_k * source_bytes(config) if config.dynamic_quantization else self.row_bytes(config)
+
     def activation_bytes(self, config: MatmulConfig) -> int:
         """Shared memory of the activations of one stage."""
-        return self.block_m * self.row_bytes(config)
+        return self.block_m * self.copied_row_bytes(config)
+
+    def quantized_bytes(self, config: MatmulConfig) -> int:
+        """Shared memory of a step's activations after they were quantized, of a warp where each has its own."""
+        return self.block_m * self.row_bytes(config) if config.dynamic_quantization else 0
+
+    def quantized_steps(self) -> int:
+        """Steps whose quantized activations lie in shared memory: the one that is multiplied and the next, or each warp's."""
+        return 2 if self.stages else self.warps_k
+
+    def row_facts_bytes(self, config: MatmulConfig) -> int:
+        """Shared memory of what is known of rows that are quantized: scales, their inverses, what each warp has found."""
+        return 4 * self.block_m * (2 + self.num_threads // WARP) if config.dynamic_quantization else 0
 
     def stage_bytes(self, config: MatmulConfig) -> int:
         """Shared memory of one stage: activations, and then the words of all threads."""
         return self.activation_bytes(config) + self.block_n * self.block_k * config.format.bits // 8
 
-    def shared_bytes(self, config: MatmulConfig) -> int:
-        """Shared memory of a block: its stages, and later, in the same place, its sums."""
+    def operand_bytes(self, config: MatmulConfig) -> int:
+        """Shared memory of a block's operands, and later, in the same place, of its sums."""
         sums = self.warps_k * self.block_m * (self.block_n + SUM_PADDING) * 4
-        return max(sums, self.stages * self.stage_bytes(config))
+        operands = self.stages * self.stage_bytes(config) + self.quantized_steps() * self.quantized_bytes(config)
+        return max(sums, operands)
+
+    def shared_bytes(self, config: MatmulConfig) -> int:
+        """Shared memory of a block."""
+        return self.operand_bytes(config) + self.row_facts_bytes(config)
 
     def blocks(self, config: MatmulConfig, layout: PackedLayout) -> dict[str, Any]:
         """See `Tiling`."""
@@ -112,8 +134,13 @@ SUM_PADDING = 4
 
 
 def element_bytes(config: MatmulConfig) -> int:
-    """Bytes of an activation."""
-    return 1 if config.activation_dtype == "int8" else 2
+    """Bytes of an activation as it is multiplied, or widened to be."""
+    return 1 if config.dynamic_quantization else source_bytes(config)
+
+
+def source_bytes(config: MatmulConfig) -> int:
+    """Bytes of an activation as it comes."""
+    return FORMATS[config.activation_dtype].bits // 8
 
 
 def divisor_steps(config: MatmulConfig, wanted: int) -> int:
