@@ -35,6 +35,8 @@ NOT_ON_CARDS = {
     "test_float_activations.py::test_slices_keep_what_float32_sums_keep": "slices are for CPUs with VNNI",
     "test_float_activations.py::test_pairs_of_bfloat16_are_exact_but_for_the_sums": "pairs are for CPUs with AVX512-BF16",
     "test_integration_bitnet_layers.py": "layers follow their tensors, which are on the CPU",
+    "test_integration_bitnet_model.py": "models are on the CPU there",
+    "test_integration_bitnet_scripts.py": "scripts run models on the CPU there",
     "test_linear.py": "layers follow their tensors, which are on the CPU",
     "test_linear_autograd.py": "layers follow their tensors, which are on the CPU",
     "test_linear_compile.py": "layers follow their tensors, which are on the CPU",
