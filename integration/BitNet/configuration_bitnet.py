@@ -6,10 +6,8 @@ from typing import Any
 
 from transformers import BitNetConfig
 
+from bitblas.checkpoints.bitnet import LATENT_DEFAULTS
 from bitblas.errors import ConfigError
-
-#: What a config.json of 1bitLLM's, whose model_type is "llama", means where it says nothing.
-_LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class BitnetConfig(BitNetConfig):
@@ -48,5 +46,5 @@ class BitnetConfig(BitNetConfig):
         """Read a config.json, one of 1bitLLM's included."""
         fields, rest = super().get_config_dict(*args, **kwargs)
         if fields.get("model_type") == "llama":
-            fields = {**_LLAMA, **fields, "model_type": cls.model_type}
+            fields = {**LATENT_DEFAULTS, **fields, "model_type": cls.model_type}
         return fields, rest

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from bitblas import nn
+from bitblas.codecs.ternary import TernaryScheme, to_ternary
 from bitblas.errors import ArgumentError, ConfigError
+from bitblas.nn.straight_through import row_steps
 
 #: The least mean magnitude of a weight, and the least magnitude of a row of activations, that are divided by.
 EPS = 1e-5
@@ -75,17 +77,14 @@ def check_bits(weight_bits: int, input_bits: int) -> None:
 
 def ternary(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of a weight, -1, 0 or 1 in float32, and their scale, float32 without dimensions."""
-    weight = weight.float()
-    scale = weight.abs().mean().clamp(min=EPS)
-    return (weight / scale).round().clamp(-1, 1), scale
+    scale = TernaryScheme(None).scale(weight.reshape(1, -1), EPS).view(())
+    return to_ternary(weight.float() / scale), scale
 
 
 def quantized_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of activations (..., K), whole numbers in float32, and their scales (..., 1), as the operator has them."""
-    x = x.float()
-    largest = x.abs().amax(-1, keepdim=True).clamp(min=EPS)
-    scale = largest / largest.new_full((), 127)  # a number of Python's would be multiplied by its reciprocal on cards
-    return (x / scale).round(), scale
+    scale = row_steps(x.float(), EPS)
+    return (x.float() / scale).round(), scale
 
 
 class BitLinear(nn.BitLinear):

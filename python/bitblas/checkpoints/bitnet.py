@@ -33,7 +33,7 @@ _NORMS = {
     "mlp.ffn_layernorm.weight": "mlp.ffn_sub_norm.weight",
 }
 #: What a config that says nothing means in 1bitLLM's models, and would mean something else in transformers' BitNet.
-_DEFAULTS: Mapping[str, Any] = {
+LATENT_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -129,7 +129,7 @@ def read_latent(source: Shards, config: Mapping[str, Any]) -> Contents:
     CheckpointError
         A tensor is missing or not known, or the config is of another kind.
     """
-    config = {**_DEFAULTS, **config}
+    config = {**LATENT_DEFAULTS, **config}
     if config.get("rope_scaling") is not None:
         raise CheckpointError(f"rope_scaling is {config['rope_scaling']!r}; BitNet models with float weights have none")
     blocks = config["num_hidden_layers"]

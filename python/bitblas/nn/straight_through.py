@@ -34,9 +34,7 @@ def ternary_linear(
         (..., N) in the dtype of `x`.
     """
     values, weights = x.float(), weight.float()
-    # by a number it would be multiplied with a reciprocal
-    most = torch.full((), 127.0, device=x.device)
-    step = values.detach().abs().amax(-1, keepdim=True).clamp(min=eps) / most
+    step = row_steps(values, eps)
     q = _straight_through(values / step, torch.round)
     scale = scheme.scale(weights, eps)
     w = _straight_through(weights / scheme.spread(scale), to_ternary)
@@ -46,6 +44,13 @@ def ternary_linear(
     else:
         y = functional.linear(q, w * scheme.spread(scale)) * step
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def row_steps(values: torch.Tensor, eps: float) -> torch.Tensor:
+    """s = max(max |x|, eps) / 127 of each row of float32 activations: (..., K) to (..., 1), without a gradient."""
+    # by a number it would be multiplied with a reciprocal
+    most = torch.full((), 127.0, device=values.device)
+    return values.detach().abs().amax(-1, keepdim=True).clamp(min=eps) / most
 
 
 def _straight_through(value: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
