@@ -12,7 +12,8 @@ from time import perf_counter
 
 import torch
 
-from bitblas.codecs import QuantizedWeight, from_awq, from_compressed, from_gptq, quantize
+from bitblas.codecs import QuantizedWeight, from_awq, from_bitnet, from_compressed, from_gptq, quantize
+from bitblas.codecs.bitnet import ternary
 
 from .cases import parse_shapes
 
@@ -61,6 +62,13 @@ def compressed(n: int, k: int, bits: int, act_order: bool = False) -> dict[str, 
     return {**tensors, **({"weight_g_idx": order(k)} if act_order else {})}
 
 
+def bitnet(n: int, k: int) -> dict[str, torch.Tensor]:
+    """Tensors of a BitNet layer, whose codes are 0, 1 and 2."""
+    codes = torch.randint(0, 3, (4, n // 4, k), dtype=torch.uint8)
+    weight = codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+    return {"weight": weight, "weight_scale": torch.ones(1, dtype=torch.bfloat16)}
+
+
 def dense(n: int, k: int) -> dict[str, torch.Tensor]:
     """A weight in float16."""
     return {"weight": (torch.randn(n, k) * 0.02).half()}
@@ -99,6 +107,8 @@ CASES = {
         for b in (4, 8)
     },
     "compressed-tensors 4 bits act-order": Case(partial(compressed, bits=4, act_order=True), from_compressed),
+    "bitnet": Case(bitnet, from_bitnet),
+    "round to ternary": Case(dense, ternary),
     **{
         f"quantize to {name}": Case(dense, partial(quantize, W_dtype=name, group_size=GROUP), has_goal=False)
         for name in ("uint4", "int4", "uint3", "int8", "nf4", "float8_e4m3")

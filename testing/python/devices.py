@@ -63,6 +63,7 @@ NOT_ON_CARDS = {
     "test_threads_processes.py": "CUDA cannot be used after a fork; threads are in test_cuda_streams.py",
     "test_tilings.py": "names targets of CPUs; test_matmul.py has every tiling of this machine",
     "test_transformers.py": "models are loaded on the CPU there; test_cuda_transformers.py has them on a card",
+    "test_transformers_bitnet.py": "the same",
     "test_transformers_folders.py": "the same",
     "test_tuning.py": "test_cuda_tuning.py has kernels that crash a card",
     "test_warm_start.py": "starts processes, which are for this CPU; test_cuda_operator.py does so for a card",

@@ -141,3 +141,20 @@ def check(weight, codes, zeros, scales, g_idx, bits):
     assert torch.equal(weight.packed, row_bytes(codes[:, order] ^ (128 if weight.W_dtype == "int8" else 0), bits))
     expected = torch.from_numpy(values(codes, zeros, weight.scales.float().numpy(), g_idx))
     assert torch.equal(weight.dequantize(torch.float64), expected)  # at most 20 bits: nothing is rounded
+
+
+def pack_bitnet(values: np.ndarray) -> torch.Tensor:
+    """Ternary values, (N, K), as transformers stores them, uint8 (ceil(N/4), K), by Python's integers.
+
+    Its documentation: each value plus 1 takes two bits; the rows are cut into four parts of ceil(N/4), of which the first takes
+    the lowest two bits of the bytes, the second the next, and so on.
+    """
+    n, k = values.shape
+    height = -(-n // 4)
+    out = [[0] * k for _ in range(height)]
+    for row in range(n):
+        part, line = divmod(row, height)
+        for column, value in enumerate(values[row].tolist()):
+            assert value in (-1, 0, 1)
+            out[line][column] |= (value + 1) << 2 * part
+    return torch.tensor(out, dtype=torch.uint8)

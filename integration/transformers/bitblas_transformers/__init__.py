@@ -4,7 +4,8 @@
 >>> model = AutoModelForCausalLM.from_pretrained(folder)  # one that `bitblas repack` or `save_pretrained` wrote
 """
 
+from .bitnet import replace_bitnet_
 from .config import BitBLASConfig
 from .quantizer import BitBLASHfQuantizer
 
-__all__ = ["BitBLASConfig", "BitBLASHfQuantizer"]
+__all__ = ["BitBLASConfig", "BitBLASHfQuantizer", "replace_bitnet_"]

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitblas.checkpoints import Shards
-from bitblas.checkpoints.spec import PARTS, QUANT_METHOD, LayerSpec
+from bitblas.checkpoints.spec import NORM, PARTS, QUANT_METHOD, LayerSpec
 from bitblas.codecs import format_tensor, parse_format_tensor
 from bitblas.codecs.rounding import quantize
 from bitblas.errors import ArgumentError, CheckpointError, ConfigError
@@ -24,6 +24,7 @@ from bitblas.nn import Linear
 from bitblas.nn.operators import build_operators
 
 from .config import BitBLASConfig
+from .layers import NormedLinear, make_norm
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -204,9 +205,13 @@ def empty_layer(name: str, dense: torch.nn.Module, spec: LayerSpec, dtype: torch
     if spec.in_features not in (None, inputs):
         raise CheckpointError(f"{name} has {spec.in_features} inputs in config.json, and {inputs} in the model")
     try:
-        return spec.empty_layer(inputs, outputs, dense.bias is not None, _name(dtype))
+        if spec.rms_norm_eps is None:
+            return spec.empty_layer(inputs, outputs, dense.bias is not None, _name(dtype))
+        layer = spec.empty_layer(inputs, outputs, dense.bias is not None, _name(dtype), kind=NormedLinear)
     except ConfigError as error:
         raise CheckpointError(f"{name}: {error}") from error
+    layer.rms_norm = make_norm(layer, spec.rms_norm_eps, dtype)
+    return layer
 
 
 def compare_with_files(name: str, layer: Linear, shards: Shards) -> None:
@@ -217,8 +222,9 @@ def compare_with_files(name: str, layer: Linear, shards: Shards) -> None:
     CheckpointError
         A tensor is missing, or has another shape, or the layer has none of its kind.
     """
-    for part in PARTS:
-        tensor, buffer = f"{name}.{part}", dict(layer.named_buffers()).get(part)
+    held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    for part in (*PARTS, NORM):
+        tensor, buffer = f"{name}.{part}", held.get(part)
         if buffer is None:
             if tensor in shards:
                 raise CheckpointError(f"{shards.where(tensor)} is there, and the model's layer has no {part}")

@@ -74,10 +74,11 @@ class Piece(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that is copied as it is."""
+    """A tensor that is copied as it is, and may get a new name."""
 
     name: str
     max_bytes: int
+    new_name: str | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -86,19 +87,20 @@ class Copy:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The tensor."""
-        return (self.name,)
+        """The copy."""
+        return (self.new_name or self.name,)
 
     def write(self, source: Shards, writer: ShardWriter) -> None:
         """Copy it."""
-        writer.add(self.name, source.get(self.name), source.infos[self.name])
+        writer.add(self.outputs[0], source.get(self.name), source.infos[self.name])
 
     def check(self, source: Shards, made: Shards, note: None) -> None:
         """Compare it byte by byte."""
-        ours, theirs = as_bytes(made.get(self.name)).numpy(), as_bytes(source.get(self.name)).numpy()
+        copy = self.outputs[0]
+        ours, theirs = as_bytes(made.get(copy)).numpy(), as_bytes(source.get(self.name)).numpy()
         for first in range(0, max(ours.size, theirs.size), 1 << 20):
             if ours[first : first + (1 << 20)].tobytes() != theirs[first : first + (1 << 20)].tobytes():
-                raise CheckpointError(f"{made.where(self.name)} is not what {source.where(self.name)} is")
+                raise CheckpointError(f"{made.where(copy)} is not what {source.where(self.name)} is")
 
 
 @dataclass(frozen=True)

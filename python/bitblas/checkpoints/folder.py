@@ -11,7 +11,7 @@ from ..codecs import QuantizedWeight, parse_format_tensor
 from ..errors import ArgumentError, CheckpointError
 from ..formats import parse_format
 from .shards import Shards, open_shards, read_json
-from .spec import LayerSpec, parse_config
+from .spec import NORM, LayerSpec, parse_config
 
 
 def open_folder(folder: str | Path) -> tuple[dict[str, LayerSpec], Shards]:
@@ -30,7 +30,7 @@ def open_folder(folder: str | Path) -> tuple[dict[str, LayerSpec], Shards]:
             raise CheckpointError(f"{shards.where(tensor)} is a quantized layer's, and config.json has no layer {name}")
     for name, spec in layers.items():
         has = {"qweight": True, "scales": True, "format": True, "zeros": spec.zeros_mode is not None}
-        for part, wanted in {**has, "perm": spec.act_order}.items():
+        for part, wanted in {**has, "perm": spec.act_order, NORM: spec.rms_norm_eps is not None}.items():
             tensor = f"{name}.{part}"
             if wanted and tensor not in shards:
                 raise CheckpointError(f"{shards.folder} has no tensor {tensor}, which config.json says is there")

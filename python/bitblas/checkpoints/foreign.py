@@ -68,7 +68,8 @@ def parse_method(config: Mapping[str, Any]) -> tuple[Method, tuple[int, ...] | N
     if kind == "bitblas":
         raise CheckpointError("quant_method is 'bitblas': it has been repacked already")
     if kind not in _PARSERS:
-        raise CheckpointError(f"quant_method is {config.get('quant_method')!r}; expected one of {', '.join(_PARSERS)}")
+        known = ", ".join((*_PARSERS, "bitnet"))
+        raise CheckpointError(f"quant_method is {config.get('quant_method')!r}; expected one of {known}")
     return _PARSERS[kind](config)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..codecs.rounding import quantize
 from ..errors import CheckpointError
 from ..formats import parse_format
 from . import verify
+from .convert import Piece
 from .folder import read_weight
 from .foreign import Facts, Method
 from .shards import Shards
@@ -92,9 +93,33 @@ class DenseLayer(MadeLayer):
         check_bias(self.name, source.find(f"{self.name}.bias"), weight.bias)
 
 
-def add_weight(writer: ShardWriter, name: str, weight: QuantizedWeight) -> dict[str, Any]:
-    """Write a layer's tensors; return its entry of `config.json`."""
-    spec = LayerSpec.of(weight)
+@dataclass(frozen=True)
+class Contents:
+    """What becomes of a folder.
+
+    Attributes
+    ----------
+    layers : sequence of Piece
+        Those that are written quantized. Their tensors, and those of `dropped`, are not copied.
+    config : Mapping
+        What `config.json` says beside how these are quantized.
+    new_names : Mapping
+        Of tensors that are copied, those that get another name.
+    dropped : collection of str
+        Tensors that nothing is made of.
+    """
+
+    layers: Sequence[Piece]
+    config: Mapping[str, Any]
+    new_names: Mapping[str, str] = field(default_factory=dict)
+    dropped: Collection[str] = ()
+
+
+def add_weight(
+    writer: ShardWriter, name: str, weight: QuantizedWeight, **activations: str | float | None
+) -> dict[str, Any]:
+    """Write a layer's tensors; return its entry of `config.json`, which says what is done to its `activations`, too."""
+    spec = replace(LayerSpec.of(weight), **activations)  # type: ignore[arg-type]  # each key has its own type
     tensors: Mapping[str, torch.Tensor | None] = {
         "qweight": weight.packed,
         "scales": weight.scales,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError, CheckpointError, UnsupportedError
+from .bitnet import has_latent_weights
 from .shards import Shards, open_shards, read_json
 from .spec import QUANT_METHOD, parse_config
 
@@ -101,6 +102,11 @@ def _check_report(shards: Shards, report: Mapping[str, Any]) -> None:
 
 def _check_method(folder: Path, config: dict[str, Any]) -> None:
     path, quantization = folder / "config.json", config.get("quantization_config")
+    if quantization is None and has_latent_weights(config):
+        raise CheckpointError(
+            f"{path} is that of a BitNet model with float weights. Convert the folder first: "
+            f"bitblas repack {folder} DESTINATION"
+        )
     if quantization is None:
         raise CheckpointError(
             f"{path} has no quantization_config: the model is dense. Load it with transformers, and quantize it with "

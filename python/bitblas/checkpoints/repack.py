@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models into ours: those that GPTQ, AWQ or llm-compressor quantized, and dense ones."""
+"""Folders of Hugging Face models into ours: quantized by GPTQ, AWQ or llm-compressor, of BitNet, and dense ones."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ import torch
 from ..codecs import quantize
 from ..errors import ArgumentError, CheckpointError
 from ..formats import DataFormat, parse_format
+from .bitnet import has_latent_weights, read_bitnet, read_latent
 from .convert import Copy, Piece, Summary, Task, convert
 from .foreign import find_layers, parse_method
 from .journal import check_folders
-from .layers import DenseLayer, ForeignLayer, Rounding, dense_facts
+from .layers import Contents, DenseLayer, ForeignLayer, Rounding, dense_facts
+from .names import is_linear
 from .shards import Shards, open_shards, read_json
 from .spec import LayerSpec, make_config
 
 #: Where a config says how a model is quantized; the second one in folders of older versions of llm-compressor.
 _QUANTIZATION = ("quantization_config", "compression_config")
-_FLOATS = ("F16", "BF16", "F32")
-#: Modules whose two-dimensional weights are no linear layer's, or one that suffers from rounding: by the last part of their
-#: name, in part.
-_OTHERS = ("embed", "wte", "wpe", "norm", "lm_head", "output_head", "relative_attention_bias", "router", "rotary")
-#: The same, but by the whole of it: gates of experts, the head of some, and T5's embedding.
-_OTHERS_EXACTLY = ("gate", "score", "shared", "ln_f")
 #: Models whose layers hold their weights transposed, as (in, out).
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -75,16 +71,17 @@ def repack(
     check_folders(source_path, target)
     config = read_json(source_path / "config.json")
     found = _quantization(source_path, config)
-    if found is not None and (W_dtype is not None or exclude):
+    is_latent = found is None and _is_latent(source_path, config)
+    if (found is not None or is_latent) and (W_dtype is not None or exclude):
         raise ArgumentError(
             f"SRC is {src}, which is quantized already: a format and patterns to exclude are for dense models"
         )
-    if found is None and W_dtype is None:
+    if found is None and not is_latent and W_dtype is None:
         raise ArgumentError(f"SRC is {src}, which is not quantized: name a format to round to (--format uint4)")
     source = open_shards(source_path)
     options: dict[str, Any] = {}
-    if found is not None:
-        layers = _foreign_layers(source, found, source_path)
+    if W_dtype is None:
+        contents = _quantized(source, config, found)
     else:
         rounding = _rounding(parse_format(W_dtype), group_size, symmetric)
         options = {
@@ -93,14 +90,19 @@ def repack(
             "symmetric": symmetric,
             "exclude": sorted(exclude),
         }
-        layers = _dense_layers(source, rounding, exclude, config)
-    taken = {name for layer in layers for name in layer.inputs}
-    copies = [Copy(name, info.num_bytes) for name, info in source.infos.items() if name not in taken]
-    dense = [copy.name.removesuffix(".weight") for copy in copies if _is_linear(copy.name, source, keep=("lm_head",))]
+        contents = Contents(_dense_layers(source, rounding, exclude, config), config)
+    layers = contents.layers
+    taken = {name for layer in layers for name in layer.inputs}.union(contents.dropped)
+    copies = [
+        Copy(name, info.num_bytes, contents.new_names.get(name))
+        for name, info in source.infos.items()
+        if name not in taken
+    ]
+    dense = [copy.name.removesuffix(".weight") for copy in copies if is_linear(copy.name, source, keep=("lm_head",))]
 
     def new_config(notes: Mapping[str, Any]) -> dict[str, Any]:
         specs = {layer.name: LayerSpec.from_json(layer.name, notes[layer.name]) for layer in layers}
-        kept = {key: value for key, value in config.items() if key not in _QUANTIZATION}
+        kept = {key: value for key, value in contents.config.items() if key not in _QUANTIZATION}
         return {**kept, "quantization_config": make_config(specs, dense)}
 
     return convert(source, target, Task("repack", options, [*layers, *copies], new_config), verify)
@@ -117,6 +119,21 @@ def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] 
         if (folder / file).is_file():
             return {"quant_method": method, **read_json(folder / file)}
     return None
+
+
+def _is_latent(folder: Path, config: Mapping[str, Any]) -> bool:
+    try:
+        return has_latent_weights(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _quantized(source: Shards, config: Mapping[str, Any], found: Mapping[str, Any] | None) -> Contents:
+    if found is None:
+        return read_latent(source, config)
+    if str(found.get("quant_method", "")).lower() == "bitnet":
+        return read_bitnet(source, config, found)
+    return Contents(_foreign_layers(source, found, source.folder), config)
 
 
 def _foreign_layers(source: Shards, config: Mapping[str, Any], folder: Path) -> list[Piece]:
@@ -149,7 +166,7 @@ def _dense_layers(source: Shards, rounding: Rounding, exclude: Sequence[str], co
     layers: list[Piece] = []
     for tensor, info in source.infos.items():
         name = tensor.removesuffix(".weight")
-        if not _is_linear(tensor, source) or any(fnmatchcase(name, pattern) for pattern in exclude):
+        if not is_linear(tensor, source) or any(fnmatchcase(name, pattern) for pattern in exclude):
             continue
         try:
             facts = dense_facts(info.shape, rounding)
@@ -160,12 +177,3 @@ def _dense_layers(source: Shards, rounding: Rounding, exclude: Sequence[str], co
     if not layers:
         raise CheckpointError(f"{source.folder} has no weight that would be rounded")
     return layers
-
-
-def _is_linear(tensor: str, source: Shards, keep: Sequence[str] = ()) -> bool:
-    """Whether a tensor is the weight of a linear layer, by what its name and shape tell."""
-    name, _, part = tensor.rpartition(".")
-    info, last = source.infos[tensor], name.rpartition(".")[2].lower()
-    if part != "weight" or len(info.shape) != 2 or info.dtype not in _FLOATS or not all(info.shape):
-        return False
-    return last in keep or (last not in _OTHERS_EXACTLY and not any(other in last for other in _OTHERS))

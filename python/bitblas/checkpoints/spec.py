@@ -8,7 +8,7 @@ from typing import Any
 
 from ..codecs import QuantizedWeight
 from ..codecs.weight import ZEROS_MODES
-from ..config import DEFAULT_BUCKETS
+from ..config import DEFAULT_BUCKETS, DYNAMIC_QUANTIZATIONS
 from ..errors import CheckpointError, ConfigError
 from ..formats import parse_format
 from ..nn.linear import Linear
@@ -18,6 +18,10 @@ FORMAT_VERSION = 1
 
 #: The tensors of a layer, without its prefix; those after the first two are there where the layer has them, `format` always.
 PARTS = ("qweight", "scales", "zeros", "perm", "bias", "format")
+#: The factors of a norm in front of the layer, where it has one.
+NORM = "rms_norm.weight"
+#: What an entry says only where it is something else than None.
+_OPTIONAL = ("in_features", "dynamic_quantization", "activation_eps", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,13 @@ class LayerSpec:
         Whether there is a `perm`.
     in_features : int or None
         K, where the tensors do not tell it: one group, no `perm`, and pad bits at the end of a row.
+    dynamic_quantization : str or None
+        How activations are rounded to int8: ``"row"``, ``"group"``; None: not at all.
+    activation_eps : float or None
+        The least magnitude that a row of them is taken to have; None: that of `MatmulConfig`.
+    rms_norm_eps : float or None
+        The eps of an RMSNorm that activations pass first, whose factors are the tensor `rms_norm.weight` of the layer; None:
+        there is none.
     """
 
     W_dtype: str
@@ -43,6 +54,9 @@ class LayerSpec:
     zeros_mode: str | None = None
     act_order: bool = False
     in_features: int | None = None
+    dynamic_quantization: str | None = None
+    activation_eps: float | None = None
+    rms_norm_eps: float | None = None
 
     @staticmethod
     def of(weight: QuantizedWeight) -> LayerSpec:
@@ -64,7 +78,7 @@ class LayerSpec:
             "zeros_mode": self.zeros_mode,
             "act_order": self.act_order,
         }
-        return entry if self.in_features is None else {**entry, "in_features": self.in_features}
+        return entry | {key: value for key in _OPTIONAL if (value := getattr(self, key)) is not None}
 
     def empty_layer(
         self,
@@ -73,15 +87,16 @@ class LayerSpec:
         bias: bool,
         dtype: str,
         opt_M: int | Sequence[int] | None = DEFAULT_BUCKETS,
+        kind: type[Linear] = Linear,
     ) -> Linear:
-        """A layer for such a weight, on the device meta, for activations and outputs of one dtype.
+        """A layer for such a weight, on the device meta, for activations and outputs of one dtype; `kind` is its class.
 
         Raises
         ------
         ConfigError, UnsupportedError
             There is none.
         """
-        return Linear(
+        return kind(
             in_features,
             out_features,
             bias,
@@ -96,6 +111,8 @@ class LayerSpec:
             opt_M=opt_M,
             device="meta",
             act_order=self.act_order,
+            dynamic_quantization=self.dynamic_quantization,
+            activation_eps=self.activation_eps,
         )
 
     @staticmethod
@@ -110,7 +127,7 @@ class LayerSpec:
         if not isinstance(entry, Mapping):
             raise CheckpointError(f"layer {name} is {entry!r}; expected an object")
         required = {"W_dtype", "group_size", "zeros_mode", "act_order"}
-        missing, unknown = required - set(entry), set(entry) - required - {"in_features"}
+        missing, unknown = required - set(entry), set(entry) - required - set(_OPTIONAL)
         if missing or unknown:
             wrong = f"has no {min(missing)!r}" if missing else f"has {min(unknown)!r}, which is not known"
             raise CheckpointError(f"layer {name} {wrong}")
@@ -129,7 +146,22 @@ class LayerSpec:
             raise CheckpointError(f"layer {name}: act_order is {entry['act_order']!r}; expected true or false")
         if features is not None and (type(features) is not int or features < 1):
             raise CheckpointError(f"layer {name}: in_features is {features!r}; expected a positive integer")
-        return LayerSpec(fmt.name, group, entry["zeros_mode"], entry["act_order"], features)
+        rows = entry.get("dynamic_quantization")
+        if rows is not None and rows not in DYNAMIC_QUANTIZATIONS:
+            raise CheckpointError(f"layer {name}: dynamic_quantization is {rows!r}; expected {DYNAMIC_QUANTIZATIONS}")
+        eps = {key: _number(name, key, entry.get(key)) for key in ("activation_eps", "rms_norm_eps")}
+        if rows is None and eps["activation_eps"] is not None:
+            raise CheckpointError(f"layer {name} has 'activation_eps', and its activations are not quantized")
+        return LayerSpec(fmt.name, group, entry["zeros_mode"], entry["act_order"], features, rows, **eps)
+
+
+def _number(name: str, key: str, value: object) -> float | None:
+    """A positive number of an entry, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise CheckpointError(f"layer {name}: {key} is {value!r}; expected a positive number")
+    return float(value)
 
 
 def make_config(layers: Mapping[str, LayerSpec], dense: Iterable[str] = ()) -> dict[str, Any]:

@@ -102,6 +102,8 @@ def unpack(src: str | Path, dst: str | Path, *, dtype: str = "float16", verify: 
     for name, spec in specs.items():
         inputs = tuple(f"{name}.{part}" for part in PARTS if f"{name}.{part}" in source)
         weight = read_weight(source, name, spec)
+        if spec.rms_norm_eps is not None:
+            raise CheckpointError(f"{name} has an RMSNorm in front of it, for which a dense model has no place")
         max_bytes = (weight.out_features * (weight.in_features + 1)) * _DTYPES[dtype].itemsize
         layers.append(UnpackedLayer(name, spec, _DTYPES[dtype], inputs, max_bytes))
     taken = {name for layer in layers for name in layer.inputs}

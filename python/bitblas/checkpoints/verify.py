@@ -166,6 +166,35 @@ def compressed_reference(tensors: Tensors, bits: int) -> Reference:
     return Reference(_codes_of(stream, k, bits), zeros.to(torch.int16), scales, groups, stream)
 
 
+def bitnet_reference(weight: torch.Tensor, weight_scale: torch.Tensor, divide: bool, n: int) -> Reference:
+    """Values plus 1, two bits each, n rows, four to a byte; or the values themselves. One scale, or its inverse, for all."""
+    scale = np.float32(weight_scale.float().item())
+    scale = np.float32(1) / scale if divide else scale
+    height, k = weight.shape
+    is_packed = weight.dtype is torch.uint8
+
+    def codes(rows: slice) -> torch.Tensor:
+        """Values plus 2, as int2 is stored."""
+        if not is_packed:
+            return (weight[rows].float() + 2).to(torch.uint8)
+        found = torch.empty((rows.stop - rows.start, k), dtype=torch.uint8)
+        for part in range(4):
+            first, last = max(rows.start, part * height), min(rows.stop, (part + 1) * height)
+            if first < last:
+                bytes_ = weight[first - part * height : last - part * height]
+                found[first - rows.start : last - rows.start] = ((bytes_ >> 2 * part) & 3) + 1
+        return found
+
+    return Reference(codes, torch.full((n, 1), 2, dtype=torch.int16), torch.full((n, 1), float(scale)))
+
+
+def bitnet_bias(bias: torch.Tensor | None, weight_scale: torch.Tensor | None, divide: bool) -> torch.Tensor | None:
+    """What is added in the end: where values are multiplied with a scale, the bias is, too, in float32."""
+    if bias is None or weight_scale is None or divide:
+        return bias
+    return torch.from_numpy(bias.float().numpy() * np.float32(weight_scale.float().item()))
+
+
 def _codes_of(stream: Callable[[slice], torch.Tensor], k: int, bits: int) -> Callable[[slice], torch.Tensor]:
     return lambda rows: unpack_stream(stream(rows), k, bits)
 
@@ -296,6 +325,33 @@ def check_rounding(name: str, dense: torch.Tensor, weight: QuantizedWeight) -> N
             raise CheckpointError(
                 f"{name}: what was written differs from the source: the value at {(row + rows.start, group, column)} is off "
                 f"by {float(error[row, group, column]):g}, with a scale of {float(scales[row, group, 0]):g}"
+            )
+
+
+def check_ternary(name: str, dense: torch.Tensor, weight: QuantizedWeight, eps: float) -> None:
+    """Compare a layer that was rounded to -1, 0 and 1 times its mean magnitude with its weight.
+
+    Raises
+    ------
+    CheckpointError
+        The scale is not the mean magnitude, or not that of every row; or a code is not the nearest.
+    """
+    n, k = weight.out_features, weight.in_features
+    total = sum(
+        float(np.abs(dense[rows].float().numpy()).sum(dtype=np.float64)) for rows in _blocks(n, k, _BLOCK_CODES)
+    )
+    mean, scales = max(total / (n * k), eps), weight.scales.double().numpy()
+    if weight.W_dtype != "int2" or scales.shape != (n, 1) or not (np.abs(scales - mean) <= mean * 2.0**-22).all():
+        raise CheckpointError(f"{name}: a scale that was written is not the mean magnitude of its weight, {mean:g}")
+    for rows in _blocks(n, k, _BLOCK_CODES):
+        found = unpack_stream(weight.packed[rows].view(torch.uint8), k, 2).to(torch.int8).numpy() - 2
+        wanted = np.clip(dense[rows].float().numpy() / np.float32(mean), -1, 1)
+        bad = ~(np.abs(found - wanted) <= _HALF + _SLACK)
+        if bad.any():
+            row, column = (int(v) for v in np.argwhere(bad)[0])
+            raise CheckpointError(
+                f"{name}: what was written differs from the source: the value at {(row + rows.start, column)} is "
+                f"{found[row, column]}, and should be the nearest to {wanted[row, column]:g}"
             )
 
 

@@ -22,7 +22,8 @@ def add_command(commands: Any) -> None:
         "repack",
         help="make one of our folders of a quantized or a dense model",
         description="SRC is a Hugging Face folder with safetensors files: quantized by GPTQ, AWQ or compressed-tensors "
-        "(pack-quantized), or dense, whose linear layers are then rounded to --format.",
+        "(pack-quantized), of BitNet-b1.58 (packed by transformers, or with the float weights of its training, which are "
+        "rounded to -1, 0 and 1), or dense, whose linear layers are then rounded to --format.",
     )
     add_folders(repack)
     repack.add_argument("--format", dest="W_dtype", metavar="FORMAT", help="dense SRC: what to round to, such as uint4")

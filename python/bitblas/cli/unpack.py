@@ -11,7 +11,10 @@ from .repack import add_folders, print_summary
 def add_command(commands: Any) -> None:
     """Add the verb to a parser's commands."""
     unpack = commands.add_parser(
-        "unpack", help="make a dense folder of one of ours", description="SRC is a folder that `bitblas repack` made."
+        "unpack",
+        help="make a dense folder of one of ours",
+        description="SRC is a folder that `bitblas repack` made. Only "
+        "weights are kept: where activations were quantized, as in BitNet, those of the dense model are not.",
     )
     add_folders(unpack)
     unpack.add_argument(

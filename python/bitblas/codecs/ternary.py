@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ArgumentError, ConfigError
 
 #: The format of ternary weights: codes of two bits, value + 2.
 TERNARY = "int2"
@@ -73,3 +74,65 @@ class TernaryScheme:
 def to_ternary(scaled: torch.Tensor) -> torch.Tensor:
     """Weights over their scales, rounded to the nearest of -1, 0 and 1 (ties to even), in their dtype."""
     return scaled.round().clamp(-1, 1)
+
+
+def scheme_of(given: object, n: int, k: int) -> tuple[TernaryScheme, torch.Tensor]:
+    """Whose a scale is, and the scale in the shape of the scheme: one number for all where they are all the same.
+
+    Parameters
+    ----------
+    given : torch.Tensor or float
+        Finite: one number, (n,), (n, 1) or (n, k / group).
+
+    Raises
+    ------
+    ArgumentError
+        It is none of these.
+    """
+    if not isinstance(given, torch.Tensor | Real) or isinstance(given, bool):
+        raise ArgumentError(f"scale is a {type(given).__name__}; it must be a number or a torch.Tensor")
+    scale = (
+        given.detach()
+        if isinstance(given, torch.Tensor)
+        else torch.tensor(float(given), dtype=torch.float64, device="cpu")
+    )
+    shape, column = tuple(scale.shape), scale.reshape(-1)
+    same = scale.numel() == 1 or (shape in ((n,), (n, 1)) and bool((column == column[0]).all()))
+    found = column[:1].float() if same else scale
+    if not bool(found.isfinite().all()):
+        raise ArgumentError("scale holds a NaN, an infinity, or a number that float32 does not")
+    if same:
+        return TernaryScheme(None), found
+    if shape in ((n,), (n, 1)):
+        return TernaryScheme(-1), scale.reshape(n, 1)
+    if scale.dim() != 2 or shape[0] != n or not shape[1] or k % shape[1]:
+        raise ArgumentError(
+            f"scale has shape {shape}; expected one number, ({n},), ({n}, 1), or ({n}, a divisor of {k})"
+        )
+    return TernaryScheme(k // shape[1]), scale
+
+
+def check_codes(codes: object) -> None:
+    """Raise ArgumentError unless it is a matrix of -1, 0 and 1."""
+    if not isinstance(codes, torch.Tensor):
+        raise ArgumentError(f"codes is a {type(codes).__name__}; it must be a torch.Tensor or a QuantizedWeight")
+    if codes.layout is not torch.strided or codes.is_meta or codes.is_complex():
+        raise ArgumentError(
+            f"codes are {codes.dtype}, {codes.layout} on {codes.device}; they must be real, dense, with data"
+        )
+    if codes.dim() != 2 or not codes.numel():
+        raise ArgumentError(f"codes have shape {tuple(codes.shape)}; expected (out_features, in_features)")
+    allowed = (codes == 0) | (codes == 1)
+    if codes.dtype.is_signed:  # beside unsigned integers -1 would be the largest
+        allowed |= codes == -1
+    if not bool(allowed.all()):
+        raise ArgumentError("codes hold other values than -1, 0 and 1")
+
+
+def holds_ternary(packed: torch.Tensor, k: int) -> bool:
+    """Whether bytes (N, ceil(k / 4)) hold k codes of -1, 0 and 1 in each row, and pad bits of 0."""
+    codes = packed.view(torch.uint8)
+    used = (codes | codes >> 1) & 0x55  # a bit for each code but 0, which is -2
+    whole, rest = divmod(k, 4)
+    last = codes[:, whole:] < 4**rest, used[:, whole:] == (4**rest - 1) // 3
+    return all(bool(each.all()) for each in (used[:, :whole] == 0x55, *last))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import packing
 from ..codecs import QuantizedWeight
-from ..codecs.ternary import TERNARY, TernaryScheme, to_ternary
-from ..config import DEFAULT_BUCKETS, MatmulConfig, check_flag, check_size
+from ..codecs.ternary import TERNARY, TernaryScheme, check_codes, scheme_of, to_ternary
+from ..config import DEFAULT_BUCKETS, LEAST_EPS, MatmulConfig, check_flag, check_size
 from ..errors import ArgumentError, ConfigError
 from .layer import QuantizedLayer, under_autocast
 from .portable import Portable
-from .state import FLOATS, fit_tensor, packed_layout, relay
+from .state import FLOATS, fit_tensor, packed_layout, relay, ternary_conflict
 from .straight_through import ternary_linear
 
 if TYPE_CHECKING:
@@ -85,7 +88,8 @@ class BitLinear(QuantizedLayer):
         self._reset(in_features, out_features, bias, eps, quant_type, dtype or torch.get_default_dtype())
         place = {"device": device, "dtype": getattr(torch, self._asked.A_dtype)}
         self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, **place))
-        self.bias = torch.nn.Parameter(torch.empty(out_features, **place)) if self._asked.with_bias else None
+        made = torch.nn.Parameter(torch.empty(out_features, **place)) if self._asked.with_bias else None
+        self.register_parameter("bias", made)
         self.reset_parameters()
 
     def _reset(self, k: int, n: int, bias: bool, eps: float, quant_type: str, dtype: torch.dtype) -> None:
@@ -94,6 +98,9 @@ class BitLinear(QuantizedLayer):
         if name not in FLOATS:
             raise ConfigError(f"dtype is {dtype}; allowed: {', '.join(FLOATS)}")
         self._scheme = TernaryScheme.parse(quant_type)
+        group = self._scheme.group or -1
+        if group > 0 and check_size("in_features", k) % group:
+            raise ConfigError(f"quant_type is {quant_type!r}; its groups of {group} do not divide in_features {k}")
         self._operator = None  # type: ignore[assignment]  # there is one from `deploy` on
         self._bound = None
         self._options = (True, False)
@@ -107,10 +114,10 @@ class BitLinear(QuantizedLayer):
             out_dtype=name,
             accum_dtype="float32",
             with_bias=check_flag("bias", bias),
-            group_size=self._scheme.group or -1,
+            group_size=group,
             with_scaling=True,
             dynamic_quantization="row",
-            activation_eps=eps,
+            activation_eps=_check_eps(eps),
             scale_per_tensor=self._scheme.group is None,
         )
 
@@ -152,7 +159,8 @@ class BitLinear(QuantizedLayer):
         layer = cls._empty(
             linear.in_features, linear.out_features, linear.bias is not None, eps, quant_type, linear.weight.dtype
         )
-        layer.weight, layer.bias = linear.weight, linear.bias  # type: ignore[assignment]  # parameters as they are
+        layer.weight = linear.weight  # type: ignore[assignment]  # a parameter as it is
+        layer.register_parameter("bias", linear.bias)
         return layer.train(linear.training)
 
     @classmethod
@@ -199,14 +207,12 @@ class BitLinear(QuantizedLayer):
                 raise ArgumentError(f"the weight is {codes.W_dtype}; it must be int2, without zero points and order")
             scale, bias = codes.scales if scale is None else scale, codes.bias if bias is None else bias
             codes = packing.unpack_rows(codes.packed.view(torch.uint8), codes.in_features, 2).to(torch.int8) - 2
-        if codes.dim() != 2 or not codes.numel():
-            raise ArgumentError(f"codes have shape {tuple(codes.shape)}; expected (out_features, in_features)")
-        if not bool(((codes == 0) | (codes == 1) | (codes == -1)).all()):
-            raise ArgumentError("codes hold other values than -1, 0 and 1")
+        check_codes(codes)
+        if bias is not None and not isinstance(bias, torch.Tensor):
+            raise ArgumentError(f"bias is a {type(bias).__name__}; it must be a torch.Tensor or None")
         named = isinstance(scale, torch.Tensor) and str(scale.dtype).removeprefix("torch.") in FLOATS
         dtype = dtype or (scale.dtype if named else torch.float32)  # type: ignore[union-attr]
-        factors = torch.as_tensor(1.0 if scale is None else scale, device=codes.device).detach()
-        scheme, factors = _scheme_of(factors, *codes.shape)
+        scheme, factors = scheme_of(1.0 if scale is None else scale, *codes.shape)
         place = torch.device(device) if device is not None else codes.device
         n, k = codes.shape
         layer = cls._empty(k, n, bias is not None, eps, scheme.quant_type, dtype)
@@ -305,7 +311,7 @@ class BitLinear(QuantizedLayer):
         Raises
         ------
         ArgumentError
-            The weight holds a NaN or an infinity.
+            The weight holds a NaN or an infinity, the bias what the weight's dtype does not, or one is parametrized.
         ConfigError
             The parameters have another dtype than float32, float16 and bfloat16.
         UnsupportedError
@@ -313,19 +319,39 @@ class BitLinear(QuantizedLayer):
         """
         if self.deployed:
             return self
+        if is_parametrized(self):
+            raise ArgumentError(
+                "the layer is parametrized: torch.nn.utils.parametrize.remove_parametrizations ends that"
+            )
         weight, bias = self.weight.detach(), self.bias
         scale = self._scheme.scale(weight, self.eps)
         if not weight.is_meta and not bool(scale.isfinite().all()):
             raise ArgumentError("the weight holds a NaN or an infinity")
         codes = to_ternary(weight.float() / self._scheme.spread(scale)).to(torch.int8)
-        self._allocate(weight.device)
-        self._fill(codes, scale, bias)
+        with self._or_as_it_was():
+            self._allocate(weight.device)
+            self._fill(codes, scale, bias)
         return self
+
+    @contextmanager
+    def _or_as_it_was(self) -> Iterator[None]:
+        """Where something fails, the layer is what it was."""
+        parameters, buffers = dict(self._parameters), dict(self._buffers)
+        operator, bound = self._operator, self._bound
+        try:
+            yield
+        except BaseException:  # such as a lack of memory
+            self._parameters.clear()
+            self._parameters.update(parameters)
+            self._buffers.clear()
+            self._buffers.update(buffers)
+            self._operator, self._bound = operator, bound
+            raise
 
     def _allocate(self, device: torch.device) -> None:
         """Become a deployed layer, with buffers of zeros."""
         config = self.config if "weight" in self._parameters else self._asked
-        self._choose(config, device)  # before anything changes, since it may fail
+        self._choose(config, device)
         for name in ("weight", "bias"):
             self._parameters.pop(name, None)
         shapes = {
@@ -406,20 +432,29 @@ class BitLinear(QuantizedLayer):
                 f"deploy that"
             )
             return
-        if self.deployed or prefix + "w_packed" not in state_dict:
+        given = {name: state_dict.get(prefix + name) for name in ("w_packed", "w_scale", "bias")}
+        conflict = ternary_conflict(self._asked, given, whole=not self.deployed)
+        if conflict:
+            error_msgs.append(f"{prefix}{conflict}")
+            return
+        if self.deployed or given["w_packed"] is None:
             load = super()._load_from_state_dict if self.deployed else super(Portable, self)._load_from_state_dict
             load(state_dict, prefix, *rest)
             return
-        parameters, errors = dict(self._parameters), len(error_msgs)
-        self._allocate(self.device)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if len(error_msgs) > errors:  # as it was
-            self._operator, self._bound = None, None  # type: ignore[assignment]
-            self._buffers.clear()
-            self._parameters.update(parameters)
+        errors = len(error_msgs)
+        with suppress(_RefusedError), self._or_as_it_was():
+            self._allocate(self.device)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            if len(error_msgs) > errors:
+                raise _RefusedError
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() if self.deployed else dict(self.__dict__)
+        if self.deployed:
+            return super().__getstate__()
+        # a shallow copy has dicts of its own, so that it can be deployed
+        return {
+            name: dict(value) if name in ("_parameters", "_buffers") else value for name, value in self.__dict__.items()
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_config" in state:
@@ -428,14 +463,12 @@ class BitLinear(QuantizedLayer):
             torch.nn.Module.__setstate__(self, state)
 
 
-def _scheme_of(scale: torch.Tensor, n: int, k: int) -> tuple[TernaryScheme, torch.Tensor]:
-    """The scheme of a scale, and the scale in its shape: one number for all where they are all the same."""
-    if scale.numel() == 1 or (scale.shape in ((n,), (n, 1)) and bool((scale == scale.view(-1)[0]).all())):
-        return TernaryScheme(None), scale.reshape(-1)[:1].float()
-    if scale.shape in ((n,), (n, 1)):
-        return TernaryScheme(-1), scale.reshape(n, 1)
-    if scale.dim() != 2 or scale.shape[0] != n or not scale.shape[1] or k % scale.shape[1]:
-        raise ArgumentError(
-            f"scale has shape {tuple(scale.shape)}; expected one number, ({n},), ({n}, 1), or ({n}, a divisor of {k})"
-        )
-    return TernaryScheme(k // scale.shape[1]), scale
+def _check_eps(eps: Any) -> float:
+    """Return it, or raise ConfigError: a config takes None, too, and has another name for it."""
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not LEAST_EPS <= float(eps) < 2.0**127:
+        raise ConfigError(f"eps is {eps!r}; it must be a number from 2^-119 to 2^127")
+    return float(eps)
+
+
+class _RefusedError(Exception):
+    """What was to be loaded does not fit; the messages say why."""

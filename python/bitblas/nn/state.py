@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from ..codecs.ternary import holds_ternary
 from ..codecs.weight import parse_format_tensor
 from ..config import MatmulConfig
 from ..errors import ArgumentError
@@ -95,6 +98,34 @@ def format_conflict(found: torch.Tensor, expected: torch.Tensor) -> str | None:
         return None
     theirs, mine = parse_format_tensor(found.cpu()), parse_format_tensor(expected.cpu())
     return None if theirs == mine else f"format is {theirs}; this layer takes {mine}"
+
+
+def ternary_conflict(config: MatmulConfig, given: Mapping[str, Any], whole: bool) -> str | None:
+    """Say what is wrong where `w_packed`, `w_scale` and `bias` of a state_dict are those of another layer of ternary weights.
+
+    `whole`: none may be missing.
+    """
+    tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
+    packed, n, k = tensors.get("w_packed"), config.N, config.K
+    if packed is None:
+        return None
+    shapes = {
+        "w_packed": (n, -(-k // 4)),
+        "w_scale": config.scale_shape,
+        **({"bias": (n,)} if config.with_bias else {}),
+    }
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found.keys() - shapes.keys() or any(
+        shape != found.get(name, () if whole else shape) for name, shape in shapes.items()
+    ):
+        return f"w_packed is that of another layer, with {_list_shapes(found)}; this one takes {_list_shapes(shapes)}"
+    if not packed.is_meta and packed.dtype in (torch.int8, torch.uint8) and not holds_ternary(packed, k):
+        return f"w_packed does not hold {k} of -1, 0 and 1 in each row: it is damaged, or was of other in_features"
+    return None
+
+
+def _list_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
 def fit_tensor(name: str, tensor: torch.Tensor, buffer: torch.Tensor | None, device: torch.device) -> torch.Tensor:

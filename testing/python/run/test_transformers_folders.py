@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import bitblas
 import checkpoint_folders as foreign
+import tiny_bitnet
 import tiny_models
 from bitblas import env
 from bitblas.checkpoints import repack, unpack
@@ -361,6 +362,7 @@ def test_a_config_survives_its_json():
 def test_the_readme_does_what_it_says(tiny, dense, tmp_path, monkeypatch):
     shutil.copytree(tiny("llama").folder, tmp_path / "ours")
     dense("llama")
+    tiny_bitnet.make("bitlinear", tied=True).write(tmp_path / "bitnet")
     monkeypatch.chdir(tmp_path)
     path = ROOT / "integration" / "transformers" / "README.md"
     namespace = {}
@@ -369,7 +371,7 @@ def test_the_readme_does_what_it_says(tiny, dense, tmp_path, monkeypatch):
         if language == PYTHON:
             exec(compile("\n" * line + text, str(path), "exec"), namespace)
     assert namespace["tokens"].shape == (1, 11)
-    for saved in ("again", "rounded"):
+    for saved in ("again", "rounded", "bitnet-ours"):
         assert layers(AutoModelForCausalLM.from_pretrained(tmp_path / saved))
     for name in ("transformers", "accelerate", "safetensors"):
         pinned = re.search(rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
