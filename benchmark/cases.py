@@ -17,13 +17,18 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 FEW_ROWS = (1, 16, 128)
 FLOATS = ("float16", "bfloat16", "float32")
 
+_GIVEN_INT8: dict[str, object] = {"A_dtype": "int8", "dynamic_quantization": None, "activation_eps": None}
 #: Own operators that a case may be timed beside, by name: fields of the config that differ.
 VARIANTS: dict[str, dict[str, object]] = {
     "bitblas, float32 activations": {"A_dtype": "float32", "out_dtype": "float32"},
     "bitblas, no scales": {"with_scaling": False, "group_size": -1, "out_dtype": "int32", "accum_dtype": "int32"},
     "bitblas, dense cache": {},  # the same config, with an option of the operator, on cards
+    "bitblas, operator": {},  # of a layer
+    "bitblas, int8 activations": _GIVEN_INT8,
+    "bitblas, 64 columns": {"N": 64},
+    "bitblas, 64 columns, int8 activations": {"N": 64, **_GIVEN_INT8},
 }
-FLOAT32_VARIANT, PLAIN_VARIANT, DENSE_CACHE_VARIANT = VARIANTS
+FLOAT32_VARIANT, PLAIN_VARIANT, DENSE_CACHE_VARIANT, *LAYER_VARIANTS = VARIANTS
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BitBLASError, OSError) as error:
         print(f"benchmark: error: {error}", file=sys.stderr)
         return 2
+    return conclude(report, options.out)
+
+
+def conclude(report: Report, out: Path | None) -> int:
+    """Print and write what was found; return 1 where a result was wrong or a goal was missed."""
     print(report.markdown())
-    if options.out is not None:
-        for path in report.write(options.out):
+    if out is not None:
+        for path in report.write(out):
             print(f"wrote {path}", file=sys.stderr)
     wrong = [name for name, row in report.results if row.ours.seconds is None]
     return 1 if wrong or any(goal.passed is False for goal in report.goals) else 0
@@ -45,25 +50,31 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="one shape, a few formats and rows: less than five minutes")
     what.add_argument("--goals", action="store_true", help="only cells of which a goal speaks, and the costs")
-    parser.add_argument("--threads", type=int, help="threads of all candidates (torch's number)")
-    parser.add_argument("--seconds", type=float, help=f"for each candidate in each cell ({SECONDS}; {QUICK_SECONDS})")
     parser.add_argument(
         "--match", default="", help="only cases whose name contains this, such as uint4; 'costs' for those alone"
     )
-    parser.add_argument("--peers", default="", help="only peers whose name contains this, beside torch float32")
+    parser.add_argument("--out", type=Path, help="directory for matmul.json, matmul.md and the plots")
+    add_options(parser, goals.TORCH)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, always: str) -> None:
+    """Add what every run on a CPU can be asked; `always` is the peer that is never left out."""
+    parser.add_argument("--threads", type=int, help="threads of all candidates (torch's number)")
+    parser.add_argument("--seconds", type=float, help=f"for each candidate in each cell ({SECONDS}; {QUICK_SECONDS})")
+    parser.add_argument("--peers", default="", help=f"only peers whose name contains this, beside {always}")
     parser.add_argument("--rows", type=cases.parse_rows, default=(), metavar="M,M", help="only these numbers of rows")
     parser.add_argument("--shapes", type=cases.parse_shapes, default=(), metavar="NxK,NxK", help="only these shapes")
-    parser.add_argument("--out", type=Path, help="directory for matmul.json, matmul.md and the plots")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in --out: what is there is not measured again"
     )
     parser.add_argument(
         "--minutes", type=float, help=f"begin no cell after so long; --resume does the rest (--quick: {QUICK_MINUTES})"
     )
-    return parser
 
 
-def _run(options: argparse.Namespace) -> Report:
+def begin(options: argparse.Namespace, kind: type[Session], report_kind: type[Report] = Report) -> Session:
+    """A session of a kind as the options ask for, with what is there already."""
     began = time.monotonic()
     if options.resume and options.out is None:
         raise BitBLASError("--resume needs --out, the directory of the run to go on with")
@@ -72,14 +83,19 @@ def _run(options: argparse.Namespace) -> Report:
     except BuildError as error:
         probes = None
         say(f"SKIPPED the ceilings: {error}")
-    report = Report(measure_machine(torch.get_num_threads(), probes))
+    report = report_kind(measure_machine(torch.get_num_threads(), probes))
     if options.resume:
         say(report.resume(options.out))
-    found = cases.quick() if options.quick else cases.full()
-    found = goals.concerned(found) if options.goals else found
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     minutes = options.minutes or (QUICK_MINUTES if options.quick else float("inf"))
-    session = Session(report, probes, seconds, options.out, began + 60 * minutes, options.peers)
+    return kind(report, probes, seconds, options.out, began + 60 * minutes, options.peers)
+
+
+def _run(options: argparse.Namespace) -> Report:
+    session = begin(options, Session)
+    report = session.report
+    found = cases.quick() if options.quick else cases.full()
+    found = goals.concerned(found) if options.goals else found
     session.measure(cases.Filter(options.match, options.rows, options.shapes).apply(found))
     if not options.quick and options.match in "costs" and not report.costs and not session.is_late:
         for goal in costs.cost_goals():

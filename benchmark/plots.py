@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,21 @@ MAX_PANELS, LEAST_ROWS = 24, 3
 _OURS = {"color": "black", "linewidth": 2, "marker": "o", "markersize": 3}
 
 Results = Sequence[tuple[str, Comparison]]
+#: Makes a figure, or None where there is not enough to draw.
+Make = Callable[[Results], Any]
 
 
-def draw(results: Results, directory: Path) -> list[Path]:
+def draw(results: Results, directory: Path, figures: Mapping[str, Make] | None = None) -> list[Path]:
     """Draw what there is enough of; return what was written.
+
+    Parameters
+    ----------
+    results : sequence of (str, Comparison)
+        Cells, with the names of their cases.
+    directory : Path
+        Where files go.
+    figures : mapping, optional
+        From names of files to what makes their figures; default: `FIGURES`.
 
     Without matplotlib nothing is, and a line on stderr says so.
     """
@@ -34,7 +46,7 @@ def draw(results: Results, directory: Path) -> list[Path]:
     from matplotlib import pyplot
 
     written = []
-    for name, make in (("latency", _latency), ("speedup", _speedup), ("roofline", _roofline), ("memory", _memory)):
+    for name, make in (FIGURES if figures is None else figures).items():
         figure = make(results)
         if figure is not None:
             for path in (directory / f"{name}.png", directory / f"{name}.svg"):
@@ -71,14 +83,34 @@ def _names(results: Results) -> list[str]:
     return [name for name in found if name not in cases.VARIANTS]
 
 
-def _grid(results: Results, label: str, value: Callable[[Comparison, str], float | None], ours: str | None) -> Any:
+@dataclass(frozen=True)
+class Scale:
+    """A second axis of a panel, at its right: what `factor` gives times the left one's numbers."""
+
+    label: str
+    factor: Callable[[Comparison], float]
+
+    def add(self, axis: Any, row: Comparison) -> None:
+        """Draw it."""
+        factor = self.factor(row)
+        axis.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor)).set_ylabel(self.label)
+
+
+def grid(
+    results: Results,
+    label: str,
+    value: Callable[[Comparison, str], float | None],
+    ours: str | None,
+    right: Scale | None = None,
+    columns: int = 4,
+) -> Any:
     """A panel for each case and shape with enough rows: a line for each peer over M, both axes logarithmic."""
     from matplotlib import pyplot
 
     panels, names = _panels(results), _names(results)
     if not panels:
         return None
-    columns = min(4, len(panels))
+    columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(4.4 * columns, 3.0 * lines + 0.8), squeeze=False)
     styles = {name: {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]} for i, name in enumerate(names)}
@@ -93,6 +125,8 @@ def _grid(results: Results, label: str, value: Callable[[Comparison, str], float
         axis.set(xscale="log", yscale="log", xlabel="M", ylabel=label)
         axis.set_xticks([row.m for row in rows], [str(row.m) for row in rows], fontsize=7)
         axis.minorticks_off()
+        if right is not None:
+            right.add(axis, rows[0])
         axis.set_title(title, fontsize=8)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
@@ -104,16 +138,18 @@ def _grid(results: Results, label: str, value: Callable[[Comparison, str], float
     return figure
 
 
-def _latency(results: Results) -> Any:
+def latency(results: Results, columns: int = 4) -> Any:
+    """Times over M."""
+
     def value(row: Comparison, name: str) -> float | None:
         timing = row.timing(name)
         return timing.seconds * 1e6 if timing and timing.seconds else None
 
-    return _grid(results, "µs", value, "bitblas")
+    return grid(results, "µs", value, "bitblas", columns=columns)
 
 
 def _speedup(results: Results) -> Any:
-    return _grid(results, "times as long as bitblas", lambda row, name: row.speedup(name), None)
+    return grid(results, "times as long as bitblas", lambda row, name: row.speedup(name), None)
 
 
 def _roofline(results: Results) -> Any:
@@ -181,3 +217,7 @@ def _memory(results: Results) -> Any:
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
     figure.tight_layout()
     return figure
+
+
+#: What `draw` draws, by the names of the files.
+FIGURES: dict[str, Make] = {"latency": latency, "speedup": _speedup, "roofline": _roofline, "memory": _memory}

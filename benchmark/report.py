@@ -135,16 +135,16 @@ class Report:
 
     def json(self) -> str:
         """Everything, as JSON."""
-        return json.dumps(
-            {
-                "date": self.date,
-                "machine": self.machine.fields(),
-                "versions": self.versions,
-                "results": [{"case": name, **self._fields(row)} for name, row in self.results],
-                "goals": [asdict(goal) for goal in self.goals],
-            },
-            indent=1,
-        )
+        return json.dumps(self._everything(), indent=1)
+
+    def _everything(self) -> dict[str, object]:
+        return {
+            "date": self.date,
+            "machine": self.machine.fields(),
+            "versions": self.versions,
+            "results": [{"case": name, **self._fields(row)} for name, row in self.results],
+            "goals": [asdict(goal) for goal in self.goals],
+        }
 
     def save(self, directory: Path) -> Path:
         """Write the JSON, whole or not at all."""
@@ -162,7 +162,10 @@ class Report:
         """Write the JSON, the Markdown, and with matplotlib the plots; return what was written."""
         written = [self.save(directory), directory / self.markdown_file]
         written[1].write_text(self.markdown(), encoding="utf-8")
-        return written + plots.draw(self.results, directory)
+        return written + self._draw(directory)
+
+    def _draw(self, directory: Path) -> list[Path]:
+        return plots.draw(self.results, directory)
 
     # -- Markdown --------------------------------------------------------------------------------------------------------
 
@@ -211,7 +214,7 @@ class Report:
     def _tables(self) -> tuple[str, str]:
         """Of peers that compute with exact float activations, and of all others."""
         floats = [each for each in self.results if each[1].workload["A_dtype"] != "int8" and each[1].ours.exact]
-        names = _names(self.results)
+        names = peer_names(self.results)
         exact = table(floats, [name for name in names if _is_exact(floats, name)])
         quantizing = [name for name in names if not _is_exact(self.results, name)]
         rows = [
@@ -245,7 +248,7 @@ def _rate(name: str, rates: Sequence[float]) -> str:
     return f"{name} {statistics.median(rates) / 1e9:.0f} {unit}"
 
 
-def _names(results: Iterable[tuple[str, Comparison]]) -> list[str]:
+def peer_names(results: Iterable[tuple[str, Comparison]]) -> list[str]:
     """The peers that took part, in the order of `peers.PEERS`, without variants of ours."""
     found = dict.fromkeys(timing.name for _, row in results for timing in row.timings[1:])
     return sorted((name for name in found if name not in cases.VARIANTS), key=_place)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from bitblas.bench import Comparison
 
-from ..goals import Finding, Goal, Rule, over, shape_of
+from .. import goals
+from ..goals import Finding, Goal, Rule, over
 from .cases import DENSE_CACHE, FP16, HEADLINE, SQUARES
 
 #: 4-bit weights in groups of 128 beside float16; with zero points they are held to the same.
@@ -56,8 +57,4 @@ RULES: tuple[Rule, ...] = (
 
 def judge(results: Iterable[tuple[str, Comparison]]) -> Iterator[Goal]:
     """Every rule on every cell that it speaks of, in the order of the rules."""
-    kept = list(results)
-    for rule in RULES:
-        for name, row in kept:
-            if rule.applies(name, shape_of(row), row.m):
-                yield rule.judge(name, row)
+    return goals.judge(results, RULES)

@@ -70,7 +70,8 @@ def _move_words(packed: torch.Tensor, source: PackedLayout, target: PackedLayout
     for first in range(0, blocks.shape[0], step):
         words = blocks[first : first + step].transpose(1, 2)
         if swaps:
-            words = _swap_fields(words.contiguous(), native.bits, swaps if to_native else swaps[::-1])
+            words = words.clone(memory_format=torch.contiguous_format)  # what is given is not written to
+            words = _swap_fields(words, native.bits, swaps if to_native else swaps[::-1])
         moved[first : first + step] = words
     return out.view(torch.int8).view(target.N, target.row_bytes)
 

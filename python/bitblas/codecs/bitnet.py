@@ -9,6 +9,7 @@ import torch
 from .. import packing
 from ..errors import ArgumentError
 from ..formats import parse_format
+from .ternary import TernaryScheme, to_ternary
 from .weight import SCALE_DTYPES, QuantizedWeight, check_tensor
 
 _PER_BYTE = 4
@@ -202,25 +203,19 @@ def ternary(weight: torch.Tensor, eps: float = 1e-5, bias: torch.Tensor | None =
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
         raise ArgumentError(f"eps is {eps!r}; it must be a number above 0")
     weight, (n, k) = weight.detach(), weight.shape
-    step = max(1, _BLOCK_WEIGHTS // k)
-    blocks = [slice(first, first + step) for first in range(0, n, step)]
-    scale = _mean_magnitude([weight[rows] for rows in blocks], n * k).clamp(min=eps).float()
+    scale = TernaryScheme(None).scale(weight, eps)
     if not bool(scale.isfinite()):
         wrong = weight[~weight.float().isfinite()]
         found = f"{wrong[0].item():g}" if wrong.numel() else "numbers whose mean float32 cannot hold"
         raise ArgumentError(f"weight holds {found}; expected finite numbers")
     packed = torch.empty((n, -(-k // _PER_BYTE)), dtype=torch.uint8, device=weight.device)
-    for rows in blocks:
-        values = weight[rows].float().div(scale).round_().clamp_(-1, 1)
+    step = max(1, _BLOCK_WEIGHTS // k)
+    for first in range(0, n, step):
+        values = to_ternary(weight[first : first + step].float().div(scale))
         codes = torch.nn.functional.pad(values, (0, -k % _PER_BYTE)).add_(2).to(torch.uint8)
         words = codes.view(torch.int32)
-        packed[rows] = (words | words >> 6 | words >> 12 | words >> 18).to(torch.uint8)
+        packed[first : first + step] = (words | words >> 6 | words >> 12 | words >> 18).to(torch.uint8)
     if bias is not None:
         check_tensor("bias", bias, (n,), (*SCALE_DTYPES, torch.float64))
         bias = bias.detach().clone(memory_format=torch.contiguous_format)
     return QuantizedWeight("int2", _without_pad(packed, k), k, scale.expand(n, 1).contiguous(), bias=bias)
-
-
-def _mean_magnitude(blocks: list[torch.Tensor], count: int) -> torch.Tensor:
-    """The mean of all magnitudes, summed in float64, so that it does not depend on the number of threads."""
-    return torch.stack([block.abs().sum(dtype=torch.float64) for block in blocks]).sum() / count

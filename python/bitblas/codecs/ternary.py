@@ -59,12 +59,14 @@ class TernaryScheme:
         return "ai8pc_wpc" if self.group == -1 else f"ai8pc_wpg{self.group}"
 
     def scale(self, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """max(mean |W|, eps) of the weights that share it: float32, (1,), (N, 1) or (N, K / group), for (N, K) of any float."""
-        sizes = weight.detach().float().abs()
-        if self.group is None:
-            return sizes.mean().clamp(min=eps).view(1)
-        size = weight.shape[1] if self.group == -1 else self.group
-        return sizes.unflatten(1, (-1, size)).mean(2).clamp(min=eps)
+        """max(mean |W|, eps) of the weights that share it: float32, (1,), (N, 1) or (N, K / group), for (N, K) of any float.
+
+        Summed in float64, so that it does not depend on the number of threads.
+        """
+        size = weight.shape[1] if self.group in (None, -1) else self.group
+        sums = torch.linalg.vector_norm(weight.detach().unflatten(1, (-1, size)), 1, dim=2, dtype=torch.float64)
+        means = sums / size if self.group is not None else sums.sum().view(1) / weight.numel()
+        return means.clamp(min=eps).float()
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """What `scale` returned in a shape that an (N, K) weight can be divided by."""

@@ -25,6 +25,9 @@ from .straight_through import ternary_linear
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+#: Rows that have kernels of their own. That of 16 computes eight at a time, for which 2 and 4 would have to wait.
+_BUCKETS = (*DEFAULT_BUCKETS[:1], 2, 4, *DEFAULT_BUCKETS[1:])
+
 
 class BitLinear(QuantizedLayer):
     """y = x · Wᵀ (+ bias) with weights in {-1, 0, 1}, and activations rounded to int8 on the way.
@@ -106,7 +109,7 @@ class BitLinear(QuantizedLayer):
         self._options = (True, False)
         #: the question of the kernels, with the dtype that the layer was made with
         self._asked = MatmulConfig(
-            M=DEFAULT_BUCKETS,
+            M=_BUCKETS,
             N=check_size("out_features", n),
             K=check_size("in_features", k),
             A_dtype=name,

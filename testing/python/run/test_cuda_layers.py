@@ -10,6 +10,7 @@ import torch
 import bitblas
 import layers
 import reference
+import ternary
 
 FORMATS = ("uint1", "uint2", "uint3", "uint4", "uint8", "int2", "int4", "int8", "nf4", "fp4_e2m1", "float8_e4m3")
 ROWS = (1, 16, 128)
@@ -131,3 +132,77 @@ def test_a_whole_model_there(tmp_path):
     before = model(x)
     bitblas.quantize_(model, "int8", 128)
     torch.testing.assert_close(model(x), before, rtol=0, atol=0.05)
+
+
+# -- BitLinear -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", ternary.DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", ["ai8pc_wpt", "ai8pc_wpc", "ai8pc_wpg"])
+def test_ternary_layers(quant_type, dtype, bias):
+    """Deployed there: the numbers of float64 and of training there; what a CPU saved, and what is saved for one."""
+    layer, x = ternary.make(64, 256, quant_type, dtype, bias=bias), ternary.rows(128, 256, dtype)
+    expected, saved = ternary.expect(layer, x), ternary.state_of(copy.deepcopy(layer).deploy())
+    layer.to("cuda")
+    with torch.no_grad():
+        ternary.assert_right(layer(x.cuda()).cpu(), expected)
+        layer.deploy()
+        assert layer.bitblas_matmul.target.kind == "cuda"
+        for m in (*ROWS, 128):
+            part = ternary.Expected(
+                expected.output[:m], expected.allowed[:m], expected.steps, expected.whole, expected.weight
+            )
+            ternary.assert_right(layer(x[:m].cuda()).cpu(), part)
+        odd = x.cuda()
+        odd[3], odd[4, 5] = 0, float("nan")
+        out = layer(odd)
+        assert torch.equal(out[3], layer.bias if bias else torch.zeros_like(out[3]))
+        assert out[4].isnan().all()
+        assert torch.equal(out[5], layer(x.cuda())[5])
+    other = bitblas.BitLinear(256, 64, bias, quant_type=quant_type, dtype=dtype, device="cuda")
+    other.load_state_dict(saved)
+    assert torch.equal(other(x.cuda()), layer(x.cuda()))
+    back = copy.deepcopy(layer).cpu()
+    assert all(
+        torch.equal(tensor.cpu(), saved[name]) for name, tensor in layer.state_dict().items() if name != "w_scale"
+    )
+    torch.testing.assert_close(
+        layer.w_scale.cpu(), saved["w_scale"], rtol=4 * ternary.unit(layer.w_scale.dtype), atol=0
+    )
+    assert torch.equal(back.state_dict()["w_packed"], saved["w_packed"])
+
+
+def test_a_ternary_call_is_one_kernel():
+    layer, x = (
+        ternary.make(64, 256, dtype=torch.float16).to("cuda").deploy(),
+        ternary.rows(16, 256, torch.float16).cuda(),
+    )
+    with torch.inference_mode():
+        layer(x)
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            layer(x)
+            torch.cuda.synchronize()
+    kernels = [
+        e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and "bitblas" not in e.name
+    ]
+    assert len(kernels) == 1, kernels
+
+
+def test_ternary_layers_in_graphs():
+    layer, x = (
+        ternary.make(64, 256, dtype=torch.float16).to("cuda").deploy(),
+        ternary.rows(16, 256, torch.float16).cuda(),
+    )
+    with torch.inference_mode():
+        expected = layer(x)
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), expected)
+        place, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
+        layer(place)
+        with torch.cuda.graph(graph):
+            out = layer(place)
+        place.copy_(x)
+        graph.replay()
+        assert torch.equal(out, expected)
