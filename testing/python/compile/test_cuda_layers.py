@@ -1,14 +1,10 @@
 """Layers on a card, in the emulator: the weight in its layout, the call, gradients, graphs, and back."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-import bitblas
 import layers
 import reference
-from bitblas import MatmulConfig
 from bitblas.nn import portable
 from bitblas.target import resolve_target
 
@@ -62,22 +58,3 @@ def test_in_a_graph(on_card):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         reference.assert_close(compiled(problem.A), problem)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("group", [None, -1, 64], ids=["tensor", "column", "group"])
-def test_ternary_weights_and_activations_that_are_quantized(monkeypatch, group, dtype):
-    """One kernel for tensor cores, of a layer that is deployed."""
-    monkeypatch.setattr(portable, "target_of", lambda device: resolve_target("cuda -arch=sm_80"))
-    fields = {"W_dtype": "int2", "A_dtype": dtype, "out_dtype": dtype, "accum_dtype": "float32", "with_bias": True}
-    scaled = {"with_scaling": True, "group_size": group or -1, "scale_per_tensor": group is None}
-    cfg = MatmulConfig(N=48, K=256, dynamic_quantization="row", activation_eps=1e-6, **fields, **scaled)
-    problem = reference.draw(cfg, 17)
-    problem = replace(problem, codes=problem.codes.clamp(min=1))  # -1, 0, 1
-    given = {"bias": problem.bias, "dtype": getattr(torch, dtype)}
-    layer = bitblas.BitLinear.from_ternary(problem.weights, problem.scale, **given)
-    assert {kernel.rule for kernel in layer.bitblas_matmul.plan.kernels} == {"cuda_mma_gemv", "cuda_mma"}
-    for m in (1, 17):
-        part = replace(problem, A=problem.A[:m])
-        with torch.no_grad():
-            reference.assert_close(layer(part.A), part)
