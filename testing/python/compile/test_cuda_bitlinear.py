@@ -56,7 +56,7 @@ def test_numbers_and_one_kernel(on_card, quant_type, dtype):
     assert torch.equal(out[3], layer.bias)
     assert out[4].isnan().all()
     op = layer.bitblas_matmul
-    kernels = re.findall(r"__global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)", op.get_source())
+    kernels = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)", op.get_source())
     assert set(kernels) == {f"{kernel.name}_kernel" for kernel in op.plan.kernels}  # another would have a number behind
 
 
