@@ -33,6 +33,13 @@ def card_case(
     return replace(found, peers="^(" + "|".join(beside) + ")$")
 
 
+def ternary(shape: tuple[int, int], rows: Sequence[int]) -> Case:
+    """A deployed layer of ternary weights: activations quantized by row on the way, one scale, a bias."""
+    fields = {"with_scaling": True, "scale_per_tensor": True, "with_bias": True, "dynamic_quantization": "row"}
+    found = case("float16", "int2", shape, rows, scaled=False, label="as BitLinear", **fields)
+    return replace(found, peers=f"^{FP16}$")
+
+
 def goal_cases(rows: Sequence[int] = GOAL_ROWS) -> list[Case]:
     """The cells of which a goal speaks: W4A16 in groups of 128, and W2A8."""
     found = [card_case("float16", "int4", shape, rows) for shape in SQUARES]
@@ -49,7 +56,7 @@ def quick() -> list[Case]:
         card_case("int8", "int4", HEADLINE, (1, 128)),
         card_case("float8_e4m3", "float8_e4m3", HEADLINE, (1, 128)),
     ]
-    found += [card_case("float16", "nf4", HEADLINE, (1, 16))]
+    found += [card_case("float16", "nf4", HEADLINE, (1, 16)), ternary(HEADLINE, (1, 16, 64, 128))]
     return found
 
 
@@ -61,6 +68,7 @@ def full() -> list[Case]:
         found.append(card_case("float16", "int4", shape, ROWS))
         found.append(card_case("int8", "int2", shape, ROWS))
         found.append(card_case("int8", "int4", shape, ROWS))
+        found.append(ternary(shape, FEW_ROWS))
         found.append(card_case("float16", "uint2", shape, ROWS if shape in SQUARES else FEW_ROWS))
         found.append(card_case("bfloat16", "uint4", shape, ROWS if shape in SQUARES else FEW_ROWS, "quantized"))
     for name in ("uint3", "nf4", "fp4_e2m1", "int8", "float8_e4m3", "uint1", "float16"):

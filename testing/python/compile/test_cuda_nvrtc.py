@@ -25,6 +25,8 @@ CONFIGS = {
     "float8": {"W_dtype": "float8_e4m3", "with_scaling": True},
     "nf4 odd": {"W_dtype": "nf4", "N": 80, "K": 84, "with_bias": True},
     "float32 row": {"A_dtype": "float32", "W_dtype": "uint4", "out_dtype": "float32", "dynamic_quantization": "row"},
+    "float16 row": {"W_dtype": "int2", "with_scaling": True, "scale_per_tensor": True, "dynamic_quantization": "row"},
+    "float16 group": {"W_dtype": "int2", "dynamic_quantization": "group", **GROUPED},
     "float16": {"W_dtype": "float16"},
     "bfloat16": {"A_dtype": "bfloat16", "W_dtype": "bfloat16", "out_dtype": "bfloat16"},
 }
