@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from bitblas import nn
+from bitblas.codecs import QuantizedWeight
 from bitblas.codecs.ternary import TernaryScheme, to_ternary
 from bitblas.errors import ArgumentError, ConfigError
 from bitblas.nn.straight_through import row_steps
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: The least mean magnitude of a weight, and the least magnitude of a row of activations, that are divided by.
 EPS = 1e-5
@@ -87,7 +91,57 @@ def quantized_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).round(), scale
 
 
-class BitLinear(nn.BitLinear):
+def ternary_by(weight: torch.Tensor, scheme: TernaryScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of a weight (N, K), -1, 0 or 1 in float32, and the scales of a scheme, float32 as a packed layer holds them.
+
+    Raises
+    ------
+    ArgumentError
+        The weight holds a NaN or an infinity.
+    """
+    scale = scheme.scale(weight, EPS)
+    if not bool(scale.isfinite().all()):
+        raise ArgumentError("the weight holds a NaN or an infinity")
+    held = scale if scheme.group is None else scale.to(weight.dtype).float()
+    return to_ternary(weight.float() / scheme.spread(scale)), held
+
+
+class _BitNetLinear(nn.BitLinear):
+    """What both layers are: `bitblas.BitLinear` with an eps of 1e-5, however it is made."""
+
+    weight_bits, input_bits = 1, 8
+    #: What may share a scale.
+    quant_types: ClassVar[tuple[str, ...]] = ("ai8pc_wpt",)
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear) -> Self:  # type: ignore[override]  # without what is no choice here
+        """A layer that holds the very parameters of a torch layer, with one scale, as of `bitblas.BitLinear`."""
+        return super().from_linear(linear, "ai8pc_wpt", EPS)  # type: ignore[return-value]  # of this class
+
+    @classmethod
+    def from_ternary(  # type: ignore[override]  # likewise
+        cls,
+        codes: torch.Tensor | QuantizedWeight,
+        scale: torch.Tensor | float | None = None,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A packed layer with given weights, as of `bitblas.BitLinear`; ConfigError where the class has no such scales."""
+        made = super().from_ternary(codes, scale, bias, eps=EPS, dtype=dtype, device=device)
+        cls.check_quant_type(made.quant_type)
+        return made  # type: ignore[return-value]  # of this class
+
+    @classmethod
+    def check_quant_type(cls, quant_type: str) -> None:
+        """Raise ConfigError unless it is one of `quant_types`."""
+        if quant_type not in cls.quant_types:
+            allowed = " and ".join(map(repr, cls.quant_types))
+            raise ConfigError(f"quant_type is {quant_type!r}; of {cls.__name__} allowed: {allowed}")
+
+
+class BitLinear(_BitNetLinear):
     """A float layer to be trained: `bitblas.BitLinear` with BitNet's numbers, one scale for all weights and an eps of 1e-5.
 
     Parameters
@@ -103,8 +157,6 @@ class BitLinear(nn.BitLinear):
         Other numbers of bits, or another dtype than float32, float16 and bfloat16.
     """
 
-    weight_bits, input_bits = 1, 8
-
     def __init__(
         self,
         in_features: int,
@@ -119,13 +171,8 @@ class BitLinear(nn.BitLinear):
         check_bits(weight_bits, input_bits)
         super().__init__(in_features, out_features, bias, eps=EPS, device=device, dtype=dtype)
 
-    @classmethod
-    def from_linear(cls, linear: torch.nn.Linear, quant_type: str = "ai8pc_wpt", eps: float = EPS) -> BitLinear:
-        """A layer that holds the very parameters of a torch layer, as of `bitblas.BitLinear`."""
-        return super().from_linear(linear, quant_type, eps)  # type: ignore[return-value]  # of this class
 
-
-class BitLinearBitBLAS(nn.BitLinear):
+class BitLinearBitBLAS(_BitNetLinear):
     """A layer for inference: float until `post_process_weights`, then two bits for each weight, and one kernel a call.
 
     Parameters
@@ -137,7 +184,7 @@ class BitLinearBitBLAS(nn.BitLinear):
     weight_bits, input_bits : int
         1 and 8.
     quant_type : str
-        As of `bitblas.BitLinear`: ``"ai8pc_wpt"``, one scale, or ``"ai8pc_wpc"``, one for each row, as joined layers have them.
+        ``"ai8pc_wpt"``, one scale, or ``"ai8pc_wpc"``, one for each row, as joined layers have them.
     device, dtype
         As of `torch.nn.Linear`.
 
@@ -148,15 +195,16 @@ class BitLinearBitBLAS(nn.BitLinear):
     qweight : torch.Tensor
         int8 (N, ceil(K / 4)), afterwards: in the layout that the kernels of this device read; in a `state_dict` packed.
     sw : torch.Tensor
-        float32 (1,) or (N,), afterwards: one over the scales, as in the original BitBLAS. A state_dict holds it.
+        float64 (1,) or (N,), afterwards: one over the scales, as in the original BitBLAS. A state_dict holds it; in float32 it
+        would not say which scale it is of.
 
     Raises
     ------
     ConfigError
-        Other numbers of bits, or another dtype than float32, float16 and bfloat16.
+        Other numbers of bits, another `quant_type`, or another dtype than float32, float16 and bfloat16.
     """
 
-    weight_bits, input_bits = 1, 8
+    quant_types = ("ai8pc_wpt", "ai8pc_wpc")
 
     def __init__(
         self,
@@ -171,6 +219,7 @@ class BitLinearBitBLAS(nn.BitLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_bits(weight_bits, input_bits)
+        self.check_quant_type(quant_type)
         super().__init__(in_features, out_features, bias, EPS, quant_type, device, dtype)
 
     @classmethod
@@ -180,7 +229,8 @@ class BitLinearBitBLAS(nn.BitLinear):
         Parameters
         ----------
         bitlinear : torch.nn.Module
-            With `weight` (N, K) in float32, float16 or bfloat16, and `bias`, (N,) or None.
+            With `weight` (N, K) in float32, float16 or bfloat16, and `bias`, (N,) or None. A `bitblas.BitLinear` is followed in
+            what shares a scale.
         weight_group : int or sequence of int
             Into how many parts of equal numbers of rows the weight is divided, or how many rows each has: those of projections
             that were joined, such as q, k and v. Each part has a mean magnitude, and so a scale, of its own; where there are
@@ -189,19 +239,32 @@ class BitLinearBitBLAS(nn.BitLinear):
         Raises
         ------
         ArgumentError
-            The parts do not make up the rows.
+            The parts do not make up the rows, the layer is packed already, or its weight holds a NaN or an infinity.
         ConfigError
-            Another dtype.
+            Another dtype, or a `bitblas.BitLinear` with another eps than 1e-5, or with scales that this class does not have.
         """
+        scheme = cls._scheme_of(bitlinear)
         weight, bias = bitlinear.weight.detach(), getattr(bitlinear, "bias", None)
         rows = rows_of_parts(weight.shape[0], weight_group)
-        parts = [ternary(part) for part in weight.split(rows)]
+        parts = [ternary_by(part, scheme) for part in weight.split(rows)]
         codes = torch.cat([codes for codes, _ in parts])
-        scales = torch.cat([scale.expand(count) for (_, scale), count in zip(parts, rows, strict=True)])
-        made = cls.from_ternary(
-            codes, kept_by_sw(scales), None if bias is None else bias.detach(), eps=EPS, dtype=weight.dtype
-        )
-        return made.train(bitlinear.training)  # type: ignore[return-value]  # of this class
+        scales = torch.cat([scale.view(-1).expand(count) for (_, scale), count in zip(parts, rows, strict=True)])
+        made = cls.from_ternary(codes, scales, None if bias is None else bias.detach(), dtype=weight.dtype)
+        return made.train(bitlinear.training)
+
+    @classmethod
+    def _scheme_of(cls, bitlinear: Any) -> TernaryScheme:
+        """What shares a scale in a layer that is to be packed."""
+        if not isinstance(bitlinear, nn.BitLinear):
+            return TernaryScheme(None)
+        if bitlinear.deployed:
+            raise ArgumentError("the layer is packed already")
+        cls.check_quant_type(bitlinear.quant_type)
+        if bitlinear.eps != EPS:
+            raise ConfigError(
+                f"eps is {bitlinear.eps}; of {cls.__name__} it is {EPS}. deploy() packs the layer as it is"
+            )
+        return TernaryScheme.parse(bitlinear.quant_type)
 
     @torch.no_grad()
     def post_process_weights(self) -> None:
@@ -213,13 +276,6 @@ class BitLinearBitBLAS(nn.BitLinear):
             They hold a NaN or an infinity.
         """
         self.deploy()
-
-    def deploy(self) -> BitLinearBitBLAS:
-        """As of `bitblas.BitLinear`."""
-        if not self.deployed:
-            super().deploy()
-            self.w_scale.copy_(kept_by_sw(self.w_scale))
-        return self
 
     def replace_weight_param_with_qweight(self) -> None:
         """Drop the float weight, so that `qweight` and `sw` of a packed checkpoint can be loaded."""
@@ -233,7 +289,7 @@ class BitLinearBitBLAS(nn.BitLinear):
     @property
     def sw(self) -> torch.Tensor:
         """See the class."""
-        return self.w_scale.detach().float().reciprocal().view(-1)
+        return self.w_scale.detach().double().reciprocal().view(-1)
 
     def unpacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The codes of a packed layer, float32 (N, K) of -1, 0 and 1, and its scales, float32 (N, 1)."""
@@ -256,10 +312,10 @@ class BitLinearBitBLAS(nn.BitLinear):
         """
         if self.deployed:
             codes, scales = self.unpacked()
-            weight = (codes * scales).to(input.dtype)
         else:
-            weight = weight_quant(self.weight)
-        return torch.nn.functional.linear(activation_quant(input), weight, self.bias)
+            scheme = TernaryScheme.parse(self.quant_type)
+            codes, scales = ternary_by(self.weight, scheme)
+        return torch.nn.functional.linear(activation_quant(input), (codes * scales).to(input.dtype), self.bias)
 
     # -- a state_dict's names ----------------------------------------------------------------------------------------------
 
@@ -280,6 +336,14 @@ class BitLinearBitBLAS(nn.BitLinear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        twice = [
+            f"{prefix}{name} and {prefix}{own}"
+            for name, own in _NAMES.items()
+            if {prefix + name, prefix + own} <= {*state_dict}
+        ]
+        if twice:
+            error_msgs.append(f"the same tensor is there twice: {', '.join(twice)}")
+            return
         given = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         for name, own in _NAMES.items():
             tensor = given.pop(prefix + name, None)
@@ -296,13 +360,8 @@ class BitLinearBitBLAS(nn.BitLinear):
 
     def _scale_of(self, sw: torch.Tensor) -> torch.Tensor:
         """The scales of a `sw`, in the shape of those of this layer where there are as many, or one for all rows."""
-        scale, shape = sw.detach().float().reciprocal(), self.config.scale_shape
+        scale, shape = sw.detach().double().reciprocal().float(), self.config.scale_shape
         return scale.expand(shape).contiguous() if scale.numel() == 1 else scale.view(-1, 1)
-
-
-def kept_by_sw(scale: torch.Tensor) -> torch.Tensor:
-    """The nearest scale that one over one over it is, in float32: so that `sw` keeps it."""
-    return scale.float().reciprocal().reciprocal()
 
 
 def rows_of_parts(n: int, weight_group: int | Sequence[int]) -> list[int]:

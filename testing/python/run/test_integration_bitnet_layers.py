@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import bitblas
 from bitblas.errors import ArgumentError, ConfigError
 from utils_quant import BitLinear, BitLinearBitBLAS, activation_quant, weight_quant
 
@@ -185,7 +186,7 @@ def test_parts_have_scales_of_their_own(n, dtype, weight_group, sizes):
         assert not is_close(torch.from_numpy(together), exact, bound)
     unit = ROUNDOFF[dtype][0] if len(sizes) > 1 else 0
     wanted = np.concatenate([np.full(s, 1 / np.abs(numpy64(w)).mean()) for s, w in zip(sizes, parts, strict=True)])
-    assert packed.sw.dtype is torch.float32
+    assert packed.sw.dtype is torch.float64
     assert packed.sw.shape == ((n,) if len(sizes) > 1 else (1,))
     assert np.abs(numpy64(packed.sw) / wanted - 1).max() <= unit * 1.01 + 4 * SINGLE
 
@@ -237,6 +238,78 @@ def test_weights_that_are_no_numbers():
     with pytest.raises(ArgumentError, match="NaN"):
         layer.post_process_weights()
     assert not layer.deployed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_from_bit_linear_refuses_weights_that_are_no_numbers(value):
+    layer = make(33, 70)
+    layer.weight.data[3, 4] = value
+    with pytest.raises(ArgumentError, match="the weight holds a NaN or an infinity"):
+        BitLinearBitBLAS.from_bit_linear(layer)
+
+
+@pytest.mark.parametrize("kind", [BitLinear, BitLinearBitBLAS, bitblas.BitLinear])
+def test_a_packed_layer_is_not_packed_again(kind):
+    with pytest.raises(ArgumentError, match="the layer is packed already"):
+        BitLinearBitBLAS.from_bit_linear(kind(70, 33).deploy())
+
+
+def test_there_is_one_eps_however_a_layer_is_made():
+    for kind in (BitLinear, BitLinearBitBLAS):
+        made = kind(70, 33), kind.from_linear(torch.nn.Linear(70, 33)), kind.from_ternary(torch.ones(4, 8))
+        assert [layer.eps for layer in made] == [1e-5] * 3
+        assert all(type(layer) is kind for layer in made)
+        with pytest.raises(TypeError, match="eps"):
+            kind.from_linear(torch.nn.Linear(70, 33), eps=1e-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("weight_group", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_with_a_scale_for_each_row_is_packed_so(dtype, weight_group):
+    layer = bitblas.BitLinear(70, 33, False, 1e-5, "ai8pc_wpc", dtype=dtype)
+    layer.weight.data = make(33, 70, dtype).weight.data * torch.logspace(-2, 0, 33)[:, None].to(dtype)
+    x = rows(70, dtype)
+    packed = BitLinearBitBLAS.from_bit_linear(layer, weight_group)
+    exact, bound = expected(x, list(layer.weight.split(1)), None, dtype)
+    assert is_close(packed(x), exact, bound)
+    assert packed.quant_type == "ai8pc_wpc"
+    loaded = BitLinearBitBLAS(70, 33, quant_type="ai8pc_wpc", dtype=dtype)
+    loaded.load_state_dict(layer.state_dict())
+    wide = numpy64(x).__abs__().max(-1, keepdims=True) * np.abs(numpy64(layer.weight)).mean(1) * 70
+    allowed = bound + 4 * ROUNDOFF[dtype][0] * wide + ROUNDOFF[dtype][1] * 70
+    for native in (loaded.native_forward(x), packed.native_forward(x)):
+        assert (np.abs(numpy64(native) - exact) <= allowed).all()
+
+
+def test_scales_and_an_eps_that_are_not_bitnets():
+    kinds = "'ai8pc_wpg35'; of BitLinearBitBLAS allowed: 'ai8pc_wpt' and 'ai8pc_wpc'"
+    with pytest.raises(ConfigError, match=kinds):
+        BitLinearBitBLAS(70, 33, quant_type="ai8pc_wpg35")
+    with pytest.raises(ConfigError, match=kinds):
+        BitLinearBitBLAS.from_ternary(torch.ones(33, 70), torch.rand(33, 2))
+    with pytest.raises(ConfigError, match=r"'ai8pc_wpc'; of BitLinear allowed: 'ai8pc_wpt'$"):
+        BitLinear.from_ternary(torch.ones(33, 70), torch.rand(33))
+    with pytest.raises(ConfigError, match=kinds):
+        BitLinearBitBLAS.from_bit_linear(bitblas.BitLinear(70, 33, eps=1e-5, quant_type="ai8pc_wpg35"))
+    with pytest.raises(ConfigError, match="eps is 1e-06; of BitLinearBitBLAS it is 1e-05"):
+        BitLinearBitBLAS.from_bit_linear(bitblas.BitLinear(70, 33))
+
+
+@torch.inference_mode()
+def test_a_packed_layer_computes_the_very_numbers_of_its_float_one():
+    for seed in range(20):  # some scales are nobody's reciprocal in float32
+        layer = make(33, 70, seed=seed)
+        packed = BitLinearBitBLAS.from_bit_linear(layer)
+        assert packed.w_scale.item() == bitblas.BitLinear.from_linear(layer_like(layer)).deploy().w_scale.item()
+        assert torch.equal(packed(rows(70, torch.float32)), layer(rows(70, torch.float32)))
+
+
+def layer_like(layer):
+    """A torch layer with the weights of another."""
+    made = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    made.weight = layer.weight
+    return made
 
 
 @pytest.mark.parametrize("kind", [BitLinear, BitLinearBitBLAS])
@@ -341,6 +414,9 @@ def test_state_dicts_that_do_not_fit_name_their_tensors():
         fresh.load_state_dict({**state, "sw": torch.ones(33)})
     with pytest.raises(RuntimeError, match=r'Missing key.*"sw"'):
         fresh.load_state_dict({name: tensor for name, tensor in state.items() if name != "sw"})
+    for name, own in (("qweight", "w_packed"), ("sw", "w_scale")):
+        with pytest.raises(RuntimeError, match=f"the same tensor is there twice: {name} and {own}"):
+            fresh.load_state_dict({**state, own: state[name]})
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"more"'):
         fresh.load_state_dict({**state, "more": torch.ones(1)})
     assert fresh.load_state_dict({"sw": state["sw"]}, strict=False).missing_keys == ["qweight"]
@@ -356,5 +432,5 @@ def test_copies_dtypes_and_pickles():
     half = copy.deepcopy(packed).half()
     exact, bound = expected(x.half(), [make(33, 70, bias=True).weight], packed.bias.half(), torch.float16)
     assert is_close(half(x.half()), exact, bound)
-    assert half.sw.dtype is torch.float32
+    assert half.sw.dtype is torch.float64
     assert torch.equal(half.sw, packed.sw)

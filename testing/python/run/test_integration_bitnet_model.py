@@ -202,7 +202,7 @@ def test_a_packed_folder_gives_the_same_model(tmp_path, dtype, fused, fields):
     name = "self_attn.qkv_proj" if fused else "self_attn.k_proj"
     rows = 64 + 2 * 32 if fused else 32
     assert stored[f"model.layers.0.{name}.qweight"].shape == (rows, 16)
-    assert stored[f"model.layers.0.{name}.sw"].dtype is torch.float32
+    assert stored[f"model.layers.0.{name}.sw"].dtype is torch.float64
     assert not [key for key in stored if key.endswith("_proj.weight")]
     loaded = BitnetForCausalLM.from_quantized(tmp_path)
     assert loaded.dtype is dtype
@@ -222,7 +222,7 @@ def test_a_packed_folder_in_another_dtype(tmp_path):
     loaded = BitnetForCausalLM.from_quantized(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype is torch.bfloat16
     assert distance(loaded(tokens()).logits, model(tokens()).logits) <= LOGITS[torch.bfloat16]
-    assert loaded.model.layers[0].mlp.down_proj.sw.dtype is torch.float32
+    assert loaded.model.layers[0].mlp.down_proj.sw.dtype is torch.float64
 
 
 def test_damaged_folders(tmp_path):
