@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bitnet.modeling_bitnet import (
     BitNetAttention,
     BitNetMLP,
+    BitNetModel,
+    BitNetPreTrainedModel,
     BitNetRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
@@ -27,6 +30,8 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+#: How many tensors a message names.
+_MOST = 8
 #: Names of 1bitLLM's checkpoints, as patterns, and ours, which are transformers'.
 KEY_MAPPING = {
     r"self_attn\.inner_attn_ln": "self_attn.attn_sub_norm",
@@ -95,6 +100,26 @@ class BitnetMLPFuseGateUp(BitNetMLP):
         return self.down_proj(self.ffn_sub_norm(self.act_fn(gate) * up))
 
 
+class BitnetModel(BitNetModel):
+    """transformers' `BitNetModel`, whose projections are `BitLinear` layers."""
+
+    def __init__(self, config: BitnetConfig) -> None:
+        super().__init__(config)
+        for parent, name, linear in _layers(self.layers, torch.nn.Linear):
+            made = BitLinear.from_linear(linear)
+            if getattr(linear, "_is_hf_initialized", False):  # transformers' mark: its numbers have been drawn
+                made._is_hf_initialized = True  # type: ignore[assignment]  # no tensor
+            setattr(parent, name, made)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Draw numbers for what no file has; it is the innermost model around a layer that transformers asks."""
+        super()._init_weights(module)
+        if isinstance(module, BitLinear) and not module.deployed:
+            initialization.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
+
+
 class BitnetForCausalLM(BitNetForCausalLM):
     """transformers' `BitNetForCausalLM` whose projections are ternary; embeddings, norms and `lm_head` are dense.
 
@@ -112,16 +137,13 @@ class BitnetForCausalLM(BitNetForCausalLM):
     def __init__(self, config: BitnetConfig) -> None:
         if not isinstance(config, BitnetConfig):
             config = BitnetConfig.from_dict(config.to_dict())
-        super().__init__(config)
-        for parent, name, linear in _layers(self.model.layers, torch.nn.Linear):
-            setattr(parent, name, BitLinear.from_linear(linear))
+        BitNetPreTrainedModel.__init__(self, config)  # that of transformers' class makes a model of its own
+        self.model = BitnetModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
         if config.packed:
             self._pack(config.fuse_qkv, config.fuse_gateup)
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, BitLinear):
-            initialization.normal_(module.weight, std=self.config.initializer_range)
 
     # -- packing ---------------------------------------------------------------------------------------------------------
 
@@ -145,13 +167,18 @@ class BitnetForCausalLM(BitNetForCausalLM):
         Raises
         ------
         ArgumentError
-            The model is packed already, or its dtype is none of float32, float16 and bfloat16.
+            The model, or a layer, is packed already, its dtype is none of float32, float16 and bfloat16, or a weight holds a
+            NaN or an infinity. Then nothing has been packed.
         """
         if self.config.packed:
             raise ArgumentError("the model is packed already")
+        self._check_unpacked()
         dtypes = {layer.weight.dtype for layer in self.ternary_layers().values()}
         if not dtypes <= set(_FLOATS):
             raise ArgumentError(f"weights are {', '.join(map(str, dtypes))}; allowed: {', '.join(map(str, _FLOATS))}")
+        for name, layer in self.ternary_layers().items():
+            if not bool(layer.weight.isfinite().all()):
+                raise ArgumentError(f"{name}: the weight holds a NaN or an infinity")
         self._pack(fuse_qkv, fuse_gateup)
         self.config.packed, self.config.fuse_qkv, self.config.fuse_gateup = True, fuse_qkv, fuse_gateup
         if build:
@@ -171,11 +198,20 @@ class BitnetForCausalLM(BitNetForCausalLM):
         for parent, name, layer in _layers(self, BitLinear):
             setattr(parent, name, _packed([layer]))
 
+    def _check_unpacked(self) -> None:
+        """Raise ArgumentError where a layer of a model with float weights is packed, as `bitblas.deploy` does it."""
+        packed = [name for name, layer in self.ternary_layers().items() if layer.deployed]
+        if packed and not self.config.packed:
+            raise ArgumentError(
+                f"{packed[0]} has been packed by itself ({len(packed)} layers have): call quantize() on the float model "
+                "instead, and then save_quantized()"
+            )
+
     def build(self) -> None:
         """Load or build the kernels of a packed model; once for each shape."""
         build_operators(layer.bitblas_matmul for _, _, layer in _layers(self, BitLinearBitBLAS))
 
-    def ternary_layers(self) -> dict[str, torch.nn.Module]:
+    def ternary_layers(self) -> dict[str, BitLinear | BitLinearBitBLAS]:
         """The ternary layers by name, packed or not."""
         return {
             name: module for name, module in self.named_modules() if isinstance(module, (BitLinear, BitLinearBitBLAS))
@@ -190,7 +226,8 @@ class BitnetForCausalLM(BitNetForCausalLM):
         Raises
         ------
         CheckpointError
-            The folder holds packed weights, or is quantized otherwise.
+            The folder holds packed weights, is quantized otherwise, or is that of another model; or it lacks a tensor, has one
+            more, or one of another shape, and neither `output_loading_info` nor `ignore_mismatched_sizes` allows it.
         """
         config = options.get("config") or BitnetConfig.from_pretrained(folder)
         if getattr(config, "packed", False):
@@ -201,10 +238,31 @@ class BitnetForCausalLM(BitNetForCausalLM):
         elif quantization:
             raise CheckpointError(f"{folder} is quantized: convert it with `bitblas repack {folder} DESTINATION`")
         mapping = {**KEY_MAPPING, **(options.pop("key_mapping", None) or {})}
-        return super().from_pretrained(folder, *args, key_mapping=mapping, **{**options, "config": config})
+        wants_report, may_differ = (
+            options.pop(name, False) for name in ("output_loading_info", "ignore_mismatched_sizes")
+        )
+        options |= {
+            "config": config,
+            "key_mapping": mapping,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }
+        loaded: Any = super().from_pretrained(folder, *args, **options)
+        model, report = loaded
+        if wants_report:
+            return loaded
+        _check_report(folder, report, may_differ)
+        return model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """As transformers', with its names for the tensors also where they were read under 1bitLLM's."""
+        """As transformers', with its names for the tensors also where they were read under 1bitLLM's.
+
+        Raises
+        ------
+        ArgumentError
+            Layers have been packed, and not by `quantize`: no folder of float weights, and none of packed ones.
+        """
+        self._check_unpacked()
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **options})
 
     def save_quantized(self, folder: str | Path, **options: Any) -> None:
@@ -327,3 +385,19 @@ def _read_config(folder: Path) -> BitnetConfig:
             f"{folder / 'config.json'} does not say that weights are packed: no folder of save_quantized"
         )
     return BitnetConfig.from_dict(fields)
+
+
+def _check_report(folder: Any, report: Mapping[str, Any], may_differ: bool) -> None:
+    """Refuse what transformers' report says of tensors; it fills those with random numbers that are missing."""
+    differ = [
+        f"{name} has shape {tuple(found)} instead of {tuple(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    wrong = [
+        *(f"{name} is missing" for name in sorted(report["missing_keys"])),
+        *(f"{name} is not known" for name in sorted(report["unexpected_keys"])),
+        *([] if may_differ else differ),
+    ]
+    if wrong:
+        more = f", and {len(wrong) - _MOST} more" if len(wrong) > _MOST else ""
+        raise CheckpointError(f"{folder}: {', '.join(wrong[:_MOST])}{more}")

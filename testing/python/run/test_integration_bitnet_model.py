@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitNetConfig, BitNetForCausalLM
 from transformers.models.bitnet.modeling_bitnet import BitNetRotaryEmbedding
 
+import bitblas
 from bitblas.errors import ArgumentError, CheckpointError, ConfigError
 from configuration_bitnet import BitnetConfig
 from create_bitblas_ckpt import write_like_1bitllm
@@ -175,6 +176,25 @@ def test_what_cannot_be_packed():
         model.quantize()
 
 
+def test_weights_that_are_no_numbers_are_named_and_nothing_is_packed():
+    model = make()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ArgumentError, match=r"model\.layers\.1\.mlp\.up_proj: the weight holds a NaN"):
+        model.quantize()
+    assert not model.config.packed
+    assert not any(layer.deployed for layer in model.ternary_layers().values())
+
+
+def test_a_model_that_deploy_packed_writes_no_folder(tmp_path):
+    model = bitblas.deploy(make(), build=False)
+    for call in (lambda: model.save_pretrained(tmp_path / "made"), model.quantize):
+        with pytest.raises(
+            ArgumentError, match=r"q_proj has been packed by itself \(14 layers have\): call quantize\(\)"
+        ):
+            call()
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("fields", [{"weight_bits": 2}, {"input_bits": 4}])
 def test_other_numbers_of_bits(fields):
     with pytest.raises(ConfigError, match="weight_bits is"):
@@ -253,6 +273,35 @@ def test_float_folders(tmp_path):
         BitnetForCausalLM.from_quantized(tmp_path / "ours")
     # transformers' own class reads the same folder
     assert isinstance(BitNetForCausalLM.from_pretrained(tmp_path / "ours").model.layers[0].mlp.up_proj, torch.nn.Linear)
+
+
+def test_float_folders_with_other_tensors(tmp_path):
+    make(attention_bias=True, initializer_range=0.05).save_pretrained(
+        tmp_path
+    )  # weights are drawn so where they are missing
+    path, full = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    up, norm = "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.attn_sub_norm.weight"
+    bias = "model.layers.1.self_attn.o_proj.bias"
+    fewer = {name: tensor for name, tensor in full.items() if name not in (up, norm, bias)}
+    for tensors, message in (
+        (fewer, rf"{up} is missing, {norm} is missing, {bias} is missing$"),
+        ({**full, "model.more": torch.ones(2)}, "model.more is not known"),
+        ({**full, up: torch.ones(160, 32)}, rf"{up} has shape \(160, 32\) instead of \(160, 64\)"),
+    ):
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            BitnetForCausalLM.from_pretrained(tmp_path)
+    loaded = BitnetForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert loaded.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    # who asks for the report has numbers that were drawn, and not what was in memory
+    save_file(fewer, path, metadata={"format": "pt"})
+    held = [torch.full((160, 64), 7e37) for _ in range(60)]
+    del held
+    loaded, report = BitnetForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {up, norm, bias}
+    assert loaded.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert torch.equal(loaded.model.layers[1].self_attn.o_proj.bias, torch.zeros(64))
+    assert torch.equal(loaded.model.layers[0].mlp.gate_proj.weight, full[up.replace("up", "gate")])
 
 
 @torch.inference_mode()
