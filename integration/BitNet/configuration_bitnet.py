@@ -6,8 +6,11 @@ from typing import Any
 
 from transformers import BitNetConfig
 
-from bitblas.checkpoints.bitnet import LATENT_DEFAULTS
-from bitblas.errors import ConfigError
+from bitblas.checkpoints.bitnet import LATENT_DEFAULTS, has_latent_weights
+from bitblas.errors import CheckpointError, ConfigError
+
+#: The model_type of a packed folder, which transformers does not know: its own class would take the weights for missing.
+PACKED_TYPE = "bitnet_packed_by_bitblas"
 
 
 class BitnetConfig(BitNetConfig):
@@ -43,8 +46,27 @@ class BitnetConfig(BitNetConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json, one of 1bitLLM's included."""
+        """Read a config.json, one of 1bitLLM's included.
+
+        Raises
+        ------
+        CheckpointError
+            It is that of another model.
+        """
         fields, rest = super().get_config_dict(*args, **kwargs)
-        if fields.get("model_type") == "llama":
-            fields = {**LATENT_DEFAULTS, **fields, "model_type": cls.model_type}
-        return fields, rest
+        kind = fields.get("model_type", cls.model_type)
+        if kind == "llama" and has_latent_weights(fields):
+            fields = {**LATENT_DEFAULTS, **fields}
+        elif kind not in (cls.model_type, PACKED_TYPE):
+            raise CheckpointError(f"the config is that of a model of type {kind!r}; BitNet-b1.58 models are 'bitnet'")
+        return {**fields, "model_type": cls.model_type}, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with a model_type of its own where weights are packed."""
+        fields = super().to_dict()
+        return {**fields, "model_type": PACKED_TYPE} if self.packed else fields
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'; of a packed model, too."""
+        return super().from_dict({name: value for name, value in config_dict.items() if name != "model_type"}, **kwargs)

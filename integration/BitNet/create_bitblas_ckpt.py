@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from bitblas.checkpoints.bitnet import LATENT_NORMS
 from bitblas.cli import main as bitblas_command
 from bitblas.errors import ArgumentError
 from load_from_quantized import show
@@ -26,8 +27,6 @@ converted. The exit status is that of `bitblas repack` where it fails.
   python create_bitblas_ckpt.py
   python create_bitblas_ckpt.py bitnet-b1.58-2B-4T ours --prompt "The capital of France is"
 """
-#: Names of transformers' parameters, and of 1bitLLM's.
-_NAMES = {"self_attn.attn_sub_norm": "self_attn.inner_attn_ln", "mlp.ffn_sub_norm": "mlp.ffn_layernorm"}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -64,7 +63,7 @@ def write_like_1bitllm(model: Any, folder: Path, dtype: torch.dtype = torch.floa
     folder.mkdir(parents=True)
     tensors = {}
     for name, tensor in model.state_dict().items():
-        for ours, theirs in _NAMES.items():
+        for theirs, ours in LATENT_NORMS.items():
             name = name.replace(ours, theirs)
         tensors[name] = tensor.to(dtype).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from transformers.models.bitnet.modeling_bitnet import (
     eager_attention_forward,
 )
 
+from bitblas.checkpoints.bitnet import LATENT_NORMS
 from bitblas.checkpoints.shards import open_shards, read_json
 from bitblas.errors import ArgumentError, CheckpointError
 from bitblas.nn.operators import build_operators
@@ -33,10 +35,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: How many tensors a message names.
 _MOST = 8
 #: Names of 1bitLLM's checkpoints, as patterns, and ours, which are transformers'.
-KEY_MAPPING = {
-    r"self_attn\.inner_attn_ln": "self_attn.attn_sub_norm",
-    r"mlp\.ffn_layernorm": "mlp.ffn_sub_norm",
-}
+KEY_MAPPING = {re.escape(theirs): ours for theirs, ours in LATENT_NORMS.items()}
 
 
 class BitnetAttentionQKVFused(BitNetAttention):

@@ -182,11 +182,11 @@ def dense_copy(source: Any) -> Any:
 
 
 def from_hub(name: str, load: Callable[[str], Any]) -> Any:
-    """What `load` makes of a folder or of a name on the hub; a name that leads nowhere is an `ArgumentError`."""
+    """What `load` makes of a folder or of a name on the hub; what leads nowhere or cannot be read is an `ArgumentError`."""
     try:
         return load(name)
-    except (OSError, ValueError) as error:
-        if isinstance(error, BitBLASError):
+    except (OSError, ValueError, RuntimeError) as error:  # the last one is transformers', where tensors do not fit
+        if isinstance(error, (BitBLASError, torch.OutOfMemoryError)):
             raise
         raise ArgumentError(f"{name} cannot be loaded: {error}") from error
 

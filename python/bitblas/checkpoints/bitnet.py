@@ -28,9 +28,9 @@ _LAYERS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-_NORMS = {
-    "self_attn.inner_attn_ln.weight": "self_attn.attn_sub_norm.weight",
-    "mlp.ffn_layernorm.weight": "mlp.ffn_sub_norm.weight",
+LATENT_NORMS: Mapping[str, str] = {
+    "self_attn.inner_attn_ln": "self_attn.attn_sub_norm",
+    "mlp.ffn_layernorm": "mlp.ffn_sub_norm",
 }
 #: What a config that says nothing means in 1bitLLM's models, and would mean something else in transformers' BitNet.
 LATENT_DEFAULTS: Mapping[str, Any] = {
@@ -107,9 +107,14 @@ def has_latent_weights(config: Mapping[str, Any]) -> bool:
     Raises
     ------
     CheckpointError
-        It is so in part.
+        It is so in part, or weights are packed in a way of integration/BitNet.
     """
     architectures = config.get("architectures") or ()
+    if config.get("packed") is True and _ARCHITECTURE in architectures:
+        raise CheckpointError(
+            f"the weights were packed by save_quantized of integration/BitNet: load the folder with its "
+            f"{_ARCHITECTURE}.from_quantized"
+        )
     if "weight_bits" not in config and _ARCHITECTURE not in architectures:
         return False
     wanted = {"architectures": [_ARCHITECTURE], "model_type": "llama", "weight_bits": 1, "input_bits": 8}
@@ -137,9 +142,9 @@ def read_latent(source: Shards, config: Mapping[str, Any]) -> Contents:
         raise CheckpointError(f"num_hidden_layers is {blocks!r}; expected a positive integer")
     names = [f"model.layers.{block}.{layer}" for block in range(blocks) for layer in _LAYERS]
     new_names = {
-        f"model.layers.{block}.{old}": f"model.layers.{block}.{new}"
+        f"model.layers.{block}.{old}.weight": f"model.layers.{block}.{new}.weight"
         for block in range(blocks)
-        for old, new in _NORMS.items()
+        for old, new in LATENT_NORMS.items()
     }
     for tensor in new_names:
         if tensor not in source:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BitNetConfig, BitNetForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM
 from transformers.models.bitnet.modeling_bitnet import BitNetRotaryEmbedding
 
 import bitblas
+from bitblas.checkpoints import repack
 from bitblas.errors import ArgumentError, CheckpointError, ConfigError
-from configuration_bitnet import BitnetConfig
+from configuration_bitnet import PACKED_TYPE, BitnetConfig
 from create_bitblas_ckpt import write_like_1bitllm
 from documents import PYTHON, ROOT, blocks
 from eval_correctness import Exact, compare_layers
@@ -302,6 +303,30 @@ def test_float_folders_with_other_tensors(tmp_path):
     assert loaded.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
     assert torch.equal(loaded.model.layers[1].self_attn.o_proj.bias, torch.zeros(64))
     assert torch.equal(loaded.model.layers[0].mlp.gate_proj.weight, full[up.replace("up", "gate")])
+
+
+def test_packed_folders_are_for_from_quantized_alone(tmp_path):
+    folder = tmp_path / "packed"
+    make().quantize(build=False).save_quantized(folder)
+    with pytest.raises(ValueError, match=f"model type `{PACKED_TYPE}`"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    for read in (bitblas.load_model, lambda path: repack(path, tmp_path / "made")):
+        with pytest.raises(CheckpointError, match=r"BitnetForCausalLM\.from_quantized"):
+            read(folder)
+    config = BitnetConfig.from_pretrained(folder)
+    assert (config.packed, config.model_type, config.hidden_size) == (True, "bitnet", 64)
+    assert BitnetConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_folders_of_other_models(tmp_path, kind):
+    AutoConfig.for_model(kind, hidden_size=64, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"a model of type '{kind}'"):
+        BitnetForCausalLM.from_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weight_bits": 1, "model_type": "llama"}))
+    with pytest.raises(CheckpointError, match=r"architectures is \['LlamaForCausalLM'\]"):
+        BitnetForCausalLM.from_pretrained(tmp_path)
 
 
 @torch.inference_mode()

@@ -138,6 +138,18 @@ def test_a_model_that_is_nowhere(script, monkeypatch, capsys, tmp_path):
     assert f"{tmp_path} cannot be loaded" in printed.err
 
 
+def test_a_model_that_torch_cannot_read():
+    def load(name):
+        raise error
+
+    error = RuntimeError("no such operator")
+    with pytest.raises(bitblas.errors.ArgumentError, match="somewhere cannot be loaded: no such operator"):
+        scripting.from_hub("somewhere", load)
+    error = torch.OutOfMemoryError("no memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        scripting.from_hub("somewhere", load)
+
+
 @pytest.mark.parametrize("script", ["load_from_quantized", "create_bitblas_ckpt"])
 def test_a_folder_that_is_nowhere(script, monkeypatch, capsys, tmp_path):
     status, printed = main(

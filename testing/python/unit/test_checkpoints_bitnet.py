@@ -429,6 +429,15 @@ def test_options_are_for_dense_models(tmp_path):
 def test_other_models_are_no_bitnet():
     assert not bitnet.has_latent_weights({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     assert not bitnet.has_latent_weights({})
+    assert not bitnet.has_latent_weights({"packed": True})
+
+
+def test_folders_of_the_integration_say_who_reads_them():
+    config = {"architectures": ["BitnetForCausalLM"], "model_type": "anything", "packed": True, "weight_bits": 1}
+    with pytest.raises(
+        CheckpointError, match=r"integration/BitNet: load the folder with its BitnetForCausalLM\.from_quantized"
+    ):
+        bitnet.has_latent_weights(config)
 
 
 # -- verification ----------------------------------------------------------------------------------------------------------
