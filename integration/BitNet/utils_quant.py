@@ -309,6 +309,11 @@ class BitLinearBitBLAS(_BitNetLinear):
         -------
         torch.Tensor
             (..., N), likewise.
+
+        Raises
+        ------
+        ArgumentError
+            The weight holds a NaN or an infinity.
         """
         if self.deployed:
             codes, scales = self.unpacked()
@@ -339,7 +344,7 @@ class BitLinearBitBLAS(_BitNetLinear):
         twice = [
             f"{prefix}{name} and {prefix}{own}"
             for name, own in _NAMES.items()
-            if {prefix + name, prefix + own} <= {*state_dict}
+            if prefix + name in state_dict and prefix + own in state_dict
         ]
         if twice:
             error_msgs.append(f"the same tensor is there twice: {', '.join(twice)}")
