@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,9 +15,9 @@ from ..codecs import QuantizedWeight
 from ..codecs.ternary import TERNARY, TernaryScheme, check_codes, scheme_of, to_ternary
 from ..config import DEFAULT_BUCKETS, LEAST_EPS, MatmulConfig, check_flag, check_size
 from ..errors import ArgumentError, ConfigError
-from .layer import QuantizedLayer, under_autocast
-from .portable import Portable
-from .state import FLOATS, fit_tensor, packed_layout, relay, ternary_conflict
+from .deployed import DeployedLayer
+from .layer import under_autocast
+from .state import FLOATS, fit_tensor, packed_layout, relay
 from .straight_through import ternary_linear
 
 if TYPE_CHECKING:
@@ -28,8 +26,10 @@ if TYPE_CHECKING:
 #: Rows that have kernels of their own. That of 16 computes eight at a time, for which 2 and 4 would have to wait.
 _BUCKETS = (*DEFAULT_BUCKETS[:1], 2, 4, *DEFAULT_BUCKETS[1:])
 
+_DTYPES = tuple(getattr(torch, name) for name in FLOATS)
 
-class BitLinear(QuantizedLayer):
+
+class BitLinear(DeployedLayer):
     """y = x · Wᵀ (+ bias) with weights in {-1, 0, 1}, and activations rounded to int8 on the way.
 
     In training the layer has the parameters `weight` (N, K) and `bias` (N,). Each call rounds both operands, in float32::
@@ -104,8 +104,7 @@ class BitLinear(QuantizedLayer):
         group = self._scheme.group or -1
         if group > 0 and check_size("in_features", k) % group:
             raise ConfigError(f"quant_type is {quant_type!r}; its groups of {group} do not divide in_features {k}")
-        self._operator = None  # type: ignore[assignment]  # there is one from `deploy` on
-        self._bound = None
+        self._begin_training()
         self._options = (True, False)
         #: the question of the kernels, with the dtype that the layer was made with
         self._asked = MatmulConfig(
@@ -226,11 +225,6 @@ class BitLinear(QuantizedLayer):
     # -- what it is ------------------------------------------------------------------------------------------------------
 
     @property
-    def deployed(self) -> bool:
-        """Whether the weights are packed, and there is nothing to be trained any more."""
-        return self._operator is not None
-
-    @property
     def config(self) -> MatmulConfig:
         """That of the kernels which the layer is, or would be, deployed to."""
         if self.deployed:
@@ -293,6 +287,8 @@ class BitLinear(QuantizedLayer):
             raise ArgumentError(f"A is {found}; it must be a tensor whose last dimension is K = {weight.shape[1]}")
         if under_autocast(A):
             A = A.to(weight.dtype)
+        if weight.dtype not in _DTYPES:
+            raise ArgumentError(f"the layer's parameters are {weight.dtype}; allowed: {', '.join(map(str, _DTYPES))}")
         if A.dtype is not weight.dtype or A.device != weight.device:
             raise ArgumentError(
                 f"A is {A.dtype} on {A.device}; the layer takes {weight.dtype} on {weight.device}, and any float under autocast"
@@ -314,7 +310,8 @@ class BitLinear(QuantizedLayer):
         Raises
         ------
         ArgumentError
-            The weight holds a NaN or an infinity, the bias what the weight's dtype does not, or one is parametrized.
+            The weight holds a NaN or an infinity, the bias what the weight's dtype does not, or one is made of other
+            tensors, by a parametrization, pruning or a weight norm.
         ConfigError
             The parameters have another dtype than float32, float16 and bfloat16.
         UnsupportedError
@@ -326,6 +323,12 @@ class BitLinear(QuantizedLayer):
             raise ArgumentError(
                 "the layer is parametrized: torch.nn.utils.parametrize.remove_parametrizations ends that"
             )
+        for name in ("weight", "bias"):
+            if name not in self._parameters:
+                raise ArgumentError(
+                    f"{name} is no parameter any more, but made of others, {', '.join(sorted(self._parameters))}: "
+                    f"torch.nn.utils.prune.remove and torch.nn.utils.remove_weight_norm end that"
+                )
         weight, bias = self.weight.detach(), self.bias
         scale = self._scheme.scale(weight, self.eps)
         if not weight.is_meta and not bool(scale.isfinite().all()):
@@ -336,27 +339,11 @@ class BitLinear(QuantizedLayer):
             self._fill(codes, scale, bias)
         return self
 
-    @contextmanager
-    def _or_as_it_was(self) -> Iterator[None]:
-        """Where something fails, the layer is what it was."""
-        parameters, buffers = dict(self._parameters), dict(self._buffers)
-        operator, bound = self._operator, self._bound
-        try:
-            yield
-        except BaseException:  # such as a lack of memory
-            self._parameters.clear()
-            self._parameters.update(parameters)
-            self._buffers.clear()
-            self._buffers.update(buffers)
-            self._operator, self._bound = operator, bound
-            raise
-
     def _allocate(self, device: torch.device) -> None:
         """Become a deployed layer, with buffers of zeros."""
         config = self.config if "weight" in self._parameters else self._asked
         self._choose(config, device)
-        for name in ("weight", "bias"):
-            self._parameters.pop(name, None)
+        self._end_training()
         shapes = {
             "w_packed": (tuple(self._operator.retrieve_weight_shape()), torch.int8),
             "w_scale": (config.scale_shape, getattr(torch, config.scale_dtype)),
@@ -393,85 +380,9 @@ class BitLinear(QuantizedLayer):
         scales = scale.expand(config.N, 1).contiguous() if config.scale_per_tensor else scale
         return QuantizedWeight(TERNARY, packed, config.K, scales, bias=self._tensor("bias"))
 
-    def load_packed_(self) -> Self:
-        """See `Linear.load_packed_`; ArgumentError of a layer in training."""
-        self._check_deployed()
-        return super().load_packed_()
-
-    def warmup(self, topk: int = 20) -> None:
-        """See `Linear.warmup`; ArgumentError of a layer in training."""
-        self._check_deployed()
-        super().warmup(topk)
-
-    def _check_deployed(self) -> None:
-        if not self.deployed:
-            raise ArgumentError("the layer is in training; deploy() packs its weight")
-
-    # -- moved, saved, loaded: as any module in training -------------------------------------------------------------------
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        if self.deployed:
-            return super()._apply(fn, recurse)
-        return torch.nn.Module._apply(self, fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        save = super()._save_to_state_dict if self.deployed else super(Portable, self)._save_to_state_dict
-        save(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if self.deployed and prefix + "weight" in state_dict and prefix + "w_packed" not in state_dict:
-            error_msgs.append(
-                f"{prefix}weight is that of a layer in training, and this layer is deployed: load it into a new BitLinear, and "
-                f"deploy that"
-            )
-            return
-        given = {name: state_dict.get(prefix + name) for name in ("w_packed", "w_scale", "bias")}
-        conflict = ternary_conflict(self._asked, given, whole=not self.deployed)
-        if conflict:
-            error_msgs.append(f"{prefix}{conflict}")
-            return
-        if self.deployed or given["w_packed"] is None:
-            load = super()._load_from_state_dict if self.deployed else super(Portable, self)._load_from_state_dict
-            load(state_dict, prefix, *rest)
-            return
-        errors = len(error_msgs)
-        with suppress(_RefusedError), self._or_as_it_was():
-            self._allocate(self.device)
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-            if len(error_msgs) > errors:
-                raise _RefusedError
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.deployed:
-            return super().__getstate__()
-        # a shallow copy has dicts of its own, so that it can be deployed
-        return {
-            name: dict(value) if name in ("_parameters", "_buffers") else value for name, value in self.__dict__.items()
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_config" in state:
-            super().__setstate__(state)
-        else:
-            torch.nn.Module.__setstate__(self, state)
-
 
 def _check_eps(eps: Any) -> float:
     """Return it, or raise ConfigError: a config takes None, too, and has another name for it."""
     if isinstance(eps, bool) or not isinstance(eps, Real) or not LEAST_EPS <= float(eps) < 2.0**127:
         raise ConfigError(f"eps is {eps!r}; it must be a number from 2^-119 to 2^127")
     return float(eps)
-
-
-class _RefusedError(Exception):
-    """What was to be loaded does not fit; the messages say why."""

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import bitblas
@@ -330,3 +331,58 @@ def test_the_default_scheme_is_that_of_the_whole_weight():
         repr(layer)
         == "BitLinear(in_features=64, out_features=32, bias=True, eps=1e-06, quant_type='ai8pc_wpt', training)"
     )
+
+
+def test_torch_does_not_take_a_shortcut_around_the_layer():
+    """… as its transformer layers do in inference, with the weights of their linear layers."""
+    torch.manual_seed(0)
+    block = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(2, 5, 64)
+    dense = block(x)
+    bitblas.ternarize_(block)
+    expected = block(x).detach()
+    assert (expected - dense).abs().max() > 0.1
+    with torch.no_grad():
+        assert (block(x) - expected).abs().max() < 0.02  # its attention takes one, and rounds otherwise
+        bitblas.deploy(block)
+        assert (block(x) - expected).abs().max() < 0.02
+
+
+def test_a_deployed_layer_has_no_hook_but_those_of_its_user():
+    layer, seen = make(), []
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    x = torch.randn(2, layer.in_features)
+    layer(x)
+    layer.deploy()(x)
+    assert seen == [layer, layer]
+    handle.remove()
+    assert not layer._forward_pre_hooks
+    layer(x)
+    assert len(seen) == 2
+
+
+def test_other_dtypes_are_refused_at_the_first_call():
+    layer = BitLinear(16, 8).double()
+    with pytest.raises(bitblas.ArgumentError, match=r"parameters are torch.float64; allowed: torch.float16, torch.bfl"):
+        layer(torch.randn(2, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("end", "how"), [("prune", "weight_orig"), ("norm", "weight_g")])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_pruned_and_normed_layers_are_deployed_when_that_has_ended(end, how):
+    layer, utils = BitLinear(64, 32), torch.nn.utils
+    if end == "prune":
+        prune.l1_unstructured(layer, "weight", 0.5)
+    else:
+        utils.weight_norm(layer)
+    x = torch.randn(3, 64)
+    expected, names = layer(x).detach(), sorted(layer.state_dict())
+    with pytest.raises(bitblas.ArgumentError, match=f"weight is no parameter any more, but made of others, .*{how}"):
+        layer.deploy()
+    assert not layer.deployed
+    assert sorted(layer.state_dict()) == names
+    if end == "prune":
+        prune.remove(layer, "weight")
+    else:
+        utils.remove_weight_norm(layer)
+    torch.testing.assert_close(layer.deploy()(x), expected, rtol=1e-5, atol=1e-5)
