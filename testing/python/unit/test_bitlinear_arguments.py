@@ -391,8 +391,17 @@ def test_a_model_is_deployed():
     assert all(same(state_of(net.get_submodule(name)), expected[name]) for name in names)
     assert [name for name, _ in net.named_parameters()] == ["lm_head.weight", "lm_head.bias"]
     assert net.block[0].bitblas_matmul is net.tied.bitblas_matmul
-    assert net.block[0].bitblas_matmul.origin == "not built"
     assert bitblas.deploy(net, build=False) is net  # which changes nothing
+
+
+def test_kernels_are_built_when_asked_for(monkeypatch):
+    built = []
+    monkeypatch.setattr("bitblas.nn.replace.build_operators", lambda operators: built.extend(operators))
+    net = bitblas.ternarize_(Net())
+    bitblas.deploy(net, build=False)
+    assert not built
+    bitblas.deploy(net)
+    assert set(built) == {net.block[0].bitblas_matmul, net.block[2].bitblas_matmul, net.tied.bitblas_matmul}
 
 
 def test_a_model_without_such_layers():

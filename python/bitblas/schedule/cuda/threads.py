@@ -54,6 +54,8 @@ class ThreadGemvRule(ScheduleRule[ThreadTiling]):
         shortest, longest = WARP if dot else WARP // 2, 2 * WARP if problem.m == 1 else WARP
         block_k = min(longest, max(shortest, _LOAD_BITS // bits if _LOAD_BITS % bits == 0 else WARP))
         most = _QUANTIZED_ROWS if problem.config.dynamic_quantization else _THREAD_ROWS
+        if problem.config.dynamic_quantization and WARP % bits:  # codes that cross words, and quotients, fill registers
+            most = 1
         rows = -(-problem.m // -(-problem.m // most))
         found = []
         for thread_n, warps, lanes in self._shapes(problem):
