@@ -102,8 +102,7 @@ def ternary_by(weight: torch.Tensor, scheme: TernaryScheme) -> tuple[torch.Tenso
     scale = scheme.scale(weight, EPS)
     if not bool(scale.isfinite().all()):
         raise ArgumentError("the weight holds a NaN or an infinity")
-    held = scale if scheme.group is None else scale.to(weight.dtype).float()
-    return to_ternary(weight.float() / scheme.spread(scale)), held
+    return to_ternary(weight.float() / scheme.spread(scale)), scheme.held(scale, weight.dtype)
 
 
 class _BitNetLinear(nn.BitLinear):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field, fields
-from math import isfinite
 from numbers import Integral, Real
 
 from .errors import ConfigError
@@ -53,6 +52,13 @@ def check_flag(argument: str, value: object) -> bool:
     if not isinstance(value, (bool, int)) or value not in (0, 1):
         raise ConfigError(f"{argument} is {value!r}; it must be True or False")
     return bool(value)
+
+
+def check_eps(argument: str, value: object) -> float:
+    """Return a number that may stand in for smaller magnitudes of activations, or raise ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not LEAST_EPS <= float(value) < 2.0**127:
+        raise ConfigError(f"{argument} is {value!r}; it must be a number from 2^-119 to 2^127")
+    return float(value)
 
 
 def check_buckets(argument: str, value: object) -> int | tuple[int, ...]:
@@ -241,11 +247,10 @@ class MatmulConfig:
         eps = self.activation_eps
         if eps is None:
             return
-        if isinstance(eps, bool) or not isinstance(eps, Real) or not isfinite(eps) or not LEAST_EPS <= eps < 2.0**127:
-            raise ConfigError(f"activation_eps is {eps!r}; it must be a number from 2^-119 to 2^127, or None")
+        checked = check_eps("activation_eps", eps)
         if self.dynamic_quantization is None:
             raise ConfigError(f"activation_eps is {eps!r}, but nothing is quantized: dynamic_quantization is None")
-        object.__setattr__(self, "activation_eps", float(eps))
+        object.__setattr__(self, "activation_eps", checked)
 
     # -- derived facts ---------------------------------------------------------------------------------------------------
 

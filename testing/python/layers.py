@@ -1,5 +1,9 @@
 """Layers for tests: each holds the weight of a problem of `reference`."""
 
+import copy
+import io
+import pickle
+
 import torch
 
 import bitblas
@@ -48,3 +52,20 @@ def ran(layer, problem):
     """What the layer makes of the problem's activations, without a gradient."""
     with torch.no_grad():
         return layer(problem.A)
+
+
+def saved(layer):
+    """A module after `torch.save` and `torch.load`."""
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+#: How a module may be copied.
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "save": saved,
+}

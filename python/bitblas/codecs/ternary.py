@@ -72,6 +72,10 @@ class TernaryScheme:
         """What `scale` returned in a shape that an (N, K) weight can be divided by."""
         return scale if self.group in (None, -1) else scale.repeat_interleave(self.group, dim=1)
 
+    def held(self, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What `scale` returned as a deployed layer of a dtype holds it, in float32."""
+        return scale if self.group is None else scale.to(dtype).float()
+
 
 def to_ternary(scaled: torch.Tensor) -> torch.Tensor:
     """Weights over their scales, rounded to the nearest of -1, 0 and 1 (ties to even), in their dtype."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
@@ -13,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import packing
 from ..codecs import QuantizedWeight
 from ..codecs.ternary import TERNARY, TernaryScheme, check_codes, scheme_of, to_ternary
-from ..config import DEFAULT_BUCKETS, LEAST_EPS, MatmulConfig, check_flag, check_size
+from ..config import DEFAULT_BUCKETS, MatmulConfig, check_eps, check_flag, check_size
 from ..errors import ArgumentError, ConfigError
 from .deployed import DeployedLayer
 from .layer import under_autocast
@@ -119,7 +118,7 @@ class BitLinear(DeployedLayer):
             group_size=group,
             with_scaling=True,
             dynamic_quantization="row",
-            activation_eps=_check_eps(eps),
+            activation_eps=check_eps("eps", eps),
             scale_per_tensor=self._scheme.group is None,
         )
 
@@ -379,10 +378,3 @@ class BitLinear(DeployedLayer):
         packed = relay(self._weight, self._operator.layout, packed_layout(config))
         scales = scale.expand(config.N, 1).contiguous() if config.scale_per_tensor else scale
         return QuantizedWeight(TERNARY, packed, config.K, scales, bias=self._tensor("bias"))
-
-
-def _check_eps(eps: Any) -> float:
-    """Return it, or raise ConfigError: a config takes None, too, and has another name for it."""
-    if isinstance(eps, bool) or not isinstance(eps, Real) or not LEAST_EPS <= float(eps) < 2.0**127:
-        raise ConfigError(f"eps is {eps!r}; it must be a number from 2^-119 to 2^127")
-    return float(eps)

@@ -38,7 +38,7 @@ def ternary_linear(
     q = _straight_through(values / step, torch.round)
     scale = scheme.scale(weights, eps)
     w = _straight_through(weights / scheme.spread(scale), to_ternary)
-    scale = scale if scheme.group is None else scale.to(x.dtype).float()  # as it is held when deployed
+    scale = scheme.held(scale, x.dtype)
     if scheme.group in (None, -1):  # integers that float32 sums exactly
         y = functional.linear(q, w) * (scale.view(-1) * step)
     else:

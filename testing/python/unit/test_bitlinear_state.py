@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 
@@ -17,6 +16,7 @@ from bitblas import ArgumentError, BitLinear, ConfigError
 from bitblas.codecs.weight import parse_format_tensor
 from bitblas.nn import portable
 from bitblas.target import resolve_target
+from layers import COPIES, saved
 from ternary import DTYPES, SCHEMES, make, same, state_of
 
 #: Targets with layouts of their own, which need not be this machine.
@@ -515,21 +515,6 @@ def test_to_meta_and_to_empty():
         assert same(state_of(layer), state_of(make().deploy()))
 
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "copy": copy.copy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
-    "save": lambda layer: _saved(layer),
-}
-
-
-def _saved(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("deployed", [True, False])
 @pytest.mark.parametrize("how", COPIES)
@@ -568,13 +553,13 @@ def test_layers_that_stand_twice_or_share_a_weight():
     first, second = make(), make()
     second.weight = first.weight
     model = torch.nn.ModuleList([first, first, second])
-    for other in (copy.deepcopy(model), _saved(model)):
+    for other in (copy.deepcopy(model), saved(model)):
         assert other[0] is other[1]
         assert other[2].weight is other[0].weight
     bitblas.deploy(model, build=False)
     assert all(layer.deployed for layer in model)
     assert same(state_of(first), state_of(make().deploy()))
     assert torch.equal(second.state_dict()["w_packed"], first.state_dict()["w_packed"])
-    for other in (copy.deepcopy(model), _saved(model)):
+    for other in (copy.deepcopy(model), saved(model)):
         assert other[0] is other[1]
         assert same(state_of(other), state_of(model))

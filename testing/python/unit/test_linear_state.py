@@ -1,7 +1,6 @@
 """What a layer saves and loads, and what moves and copies of it are. Nothing is built here, nor has to run."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -15,7 +14,7 @@ from bitblas.codecs.weight import format_tensor, parse_format_tensor
 from bitblas.errors import ArgumentError
 from bitblas.nn import portable
 from bitblas.target import resolve_target
-from layers import config, layer_and_problem
+from layers import COPIES, config, layer_and_problem, saved
 
 #: Targets with layouts of their own, which need not be this machine.
 TARGETS = ("llvm -mcpu=x86-64-v2", "llvm -mcpu=cascadelake", "cuda -arch=sm_80", "cuda -arch=sm_90")
@@ -408,20 +407,6 @@ def test_shared_memory():
 
 # -- copies ----------------------------------------------------------------------------------------------------------------
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "copy": copy.copy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
-    "save": lambda layer: _saved(layer),
-}
-
-
-def _saved(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
 
 @pytest.mark.parametrize("parameter", [False, True])
 @pytest.mark.parametrize("how", COPIES)
@@ -453,5 +438,5 @@ def test_copies(how, kind, parameter):
 
 def test_a_layer_that_stands_twice_is_copied_once():
     layer, _ = layer_and_problem()
-    for model in (copy.deepcopy(torch.nn.ModuleList([layer, layer])), _saved(torch.nn.ModuleList([layer, layer]))):
+    for model in (copy.deepcopy(torch.nn.ModuleList([layer, layer])), saved(torch.nn.ModuleList([layer, layer]))):
         assert model[0] is model[1]
