@@ -92,9 +92,9 @@ def differences(made: Mapping[str, str]) -> str:
 def _generator_digest() -> str:
     """Digest of the modules that write kernels, so that a change to one of them never meets an older artifact."""
     package = Path(__file__).parent
-    names = ("formats", "machines", "target", "config", "layout", "transform", "plan", "lowering", "build")
+    names = ("formats", "machines", "target", "layout", "transform", "plan", "lowering", "build")
     modules = [package / f"{name}.py" for name in names]
-    modules += [path for room in ("expr", "schedule", "cuda") for path in sorted((package / room).rglob("*.py"))]
+    modules += [path for room in ("config", "expr", "schedule", "cuda") for path in sorted((package / room).rglob("*.py"))]
     digest = hashlib.sha256()
     for path in modules:
         digest.update(path.read_bytes())

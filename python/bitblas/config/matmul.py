@@ -1,13 +1,14 @@
-"""The question that is asked of an operator: frozen, hashable, validated, never rewritten."""
+"""What is asked of a matmul."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Integral
 
-from .errors import ConfigError
-from .formats import ALIASES, FORMATS, DataFormat, parse_format
+from ..errors import ConfigError
+from ..formats import FORMATS, DataFormat, parse_format
+from .checks import check_dtype_name, check_eps, check_flag, check_size, json_fields
 
 #: The rows for which kernels are specialised when M is not given.
 DEFAULT_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024)
@@ -21,44 +22,10 @@ LAYOUTS = ("nt", "nn", "tn", "tt")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 #: What shares a scale where float activations are quantized on the fly.
 DYNAMIC_QUANTIZATIONS = ("row", "group")
-#: Magnitude that stands in for smaller ones where activations are quantized: it, and a 127th of it, are normal float32 numbers.
-LEAST_EPS = 2.0**-119
 
 _INTEGER_DTYPES = ("int32", "int8")
 _INTEGER_ACTIVATIONS = ("int8", "int4")
 _FLOAT_ACTIVATIONS = ("float16", "bfloat16", "float32")
-
-
-def check_dtype_name(argument: str, value: object, allowed: Sequence[str]) -> str:
-    """Return the canonical name of a dtype that is one of `allowed`, or raise ConfigError."""
-    text = str(value).removeprefix("torch.")
-    text = ALIASES.get(text, text)
-    if text not in allowed:
-        raise ConfigError(f"{argument} is {value!r}; allowed: {', '.join(allowed)}")
-    return text
-
-
-def check_size(argument: str, value: object) -> int:
-    """Return an integer of at least 1, or raise ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ConfigError(f"{argument} is {value!r}; it must be an integer of at least 1")
-    return int(value)
-
-
-def check_flag(argument: str, value: object) -> bool:
-    """Return a bool, False for None, or raise ConfigError."""
-    if value is None:
-        return False
-    if not isinstance(value, (bool, int)) or value not in (0, 1):
-        raise ConfigError(f"{argument} is {value!r}; it must be True or False")
-    return bool(value)
-
-
-def check_eps(argument: str, value: object) -> float:
-    """Return a number that may stand in for smaller magnitudes of activations, or raise ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not LEAST_EPS <= float(value) < 2.0**127:
-        raise ConfigError(f"{argument} is {value!r}; it must be a number from 2^-119 to 2^127")
-    return float(value)
 
 
 def check_buckets(argument: str, value: object) -> int | tuple[int, ...]:
@@ -372,14 +339,5 @@ class MatmulConfig:
         return self.A_dtype if self.A_dtype == self.out_dtype else "float32"
 
     def fields(self) -> dict[str, object]:
-        """All that shapes the result, as JSON values: what an artifact's key is made of.
-
-        An option that is None is left out, so that a new one leaves the keys of those who do not use it alone.
-        """
-        return {
-            f.name: list(v) if isinstance(v, tuple) else v
-            for f in fields(self)
-            if f.compare
-            for v in (getattr(self, f.name),)
-            if v is not None
-        }
+        """All that shapes the result, as JSON values: what an artifact's key is made of."""
+        return json_fields(self)
