@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 from ._version import __version__
-from .config import MatmulConfig
+from .config import FlashAttenConfig, MatmulConfig
 from .errors import (
     ArgumentError,
     ArtifactError,
@@ -31,6 +31,8 @@ __all__ = [
     "BuildError",
     "CheckpointError",
     "ConfigError",
+    "FlashAtten",
+    "FlashAttenConfig",
     "Linear",
     "Matmul",
     "MatmulConfig",
@@ -53,6 +55,7 @@ __all__ = [
 _SUBMODULES = ("cache", "checkpoints", "codecs", "module", "nn", "quantization")
 _LAZY = {
     "BitLinear": "nn",
+    "FlashAtten": "ops",
     "Linear": "nn",
     "MatmulConfigWithSplitK": "ops",
     "MatmulWithSplitK": "ops",

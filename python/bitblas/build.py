@@ -17,7 +17,7 @@ from ._version import __version__
 from .cuda.compile import Compiled, find_cuda_compiler, write_cuda
 from .errors import BuildError
 from .logs import progress
-from .plan import MatmulPlan
+from .plan import AnyPlan
 from .sources import source_digest, source_dir
 from .target import Target
 
@@ -94,14 +94,16 @@ def _generator_digest() -> str:
     package = Path(__file__).parent
     names = ("formats", "machines", "target", "layout", "transform", "plan", "lowering", "build")
     modules = [package / f"{name}.py" for name in names]
-    modules += [path for room in ("config", "expr", "schedule", "cuda") for path in sorted((package / room).rglob("*.py"))]
+    modules += [
+        path for room in ("config", "expr", "schedule", "cuda") for path in sorted((package / room).rglob("*.py"))
+    ]
     digest = hashlib.sha256()
     for path in modules:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def expression_module(plan: MatmulPlan) -> tvm.IRModule:
+def expression_module(plan: AnyPlan) -> tvm.IRModule:
     """The plan's kernels as unscheduled functions, each described for the schedule pass."""
     import tvm
 
@@ -114,7 +116,7 @@ def expression_module(plan: MatmulPlan) -> tvm.IRModule:
     return tvm.IRModule(functions)
 
 
-def scheduled_module(plan: MatmulPlan) -> tvm.IRModule:
+def scheduled_module(plan: AnyPlan) -> tvm.IRModule:
     """The plan's kernels, scheduled."""
     from .schedule import RULES
     from .transform import ApplyDefaultSchedule
@@ -123,14 +125,12 @@ def scheduled_module(plan: MatmulPlan) -> tvm.IRModule:
     return schedule(expression_module(plan))
 
 
-def compile_plan(
-    plan: MatmulPlan, step: Callable[[str], None] = lambda name: None
-) -> tuple[tvm.runtime.Executable, str]:
+def compile_plan(plan: AnyPlan, step: Callable[[str], None] = lambda name: None) -> tuple[tvm.runtime.Executable, str]:
     """Compile in this process.
 
     Parameters
     ----------
-    plan : MatmulPlan
+    plan : AnyPlan
         What to compile.
     step : callable
         Told the name of each step of `COMPILE_STEPS` as it begins.
@@ -186,12 +186,12 @@ def compile_module_for_card(mod: tvm.IRModule, target: Target) -> Compiled:
     return Compiled(executable.mod, hosts[-1], target.arch)
 
 
-def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> dict[str, object]:
+def build_library(plan: AnyPlan, directory: Path, compiler: str) -> dict[str, object]:
     """Compile `plan` and write its library, its source and its scheduled script into `directory`.
 
     Parameters
     ----------
-    plan : MatmulPlan
+    plan : AnyPlan
         What to compile.
     directory : Path
         Where to.
@@ -221,14 +221,14 @@ def build_library(plan: MatmulPlan, directory: Path, compiler: str) -> dict[str,
         return {"library": LIBRARY, "linker": compiler}
 
 
-def _build_cuda(plan: MatmulPlan, directory: Path, compiler: str, step: Callable[[str], None]) -> dict[str, object]:
+def _build_cuda(plan: AnyPlan, directory: Path, compiler: str, step: Callable[[str], None]) -> dict[str, object]:
     compiled, script = compile_cuda(plan, step)
     (directory / SCRIPT).write_text(script)
     step("linking")
     return write_cuda(compiled, directory / SOURCES["cuda"], directory / LIBRARY, compiler)
 
 
-def compile_cuda(plan: MatmulPlan, step: Callable[[str], None] = lambda name: None) -> tuple[Compiled, str]:
+def compile_cuda(plan: AnyPlan, step: Callable[[str], None] = lambda name: None) -> tuple[Compiled, str]:
     """`compile_plan` for a card, with what the text does not tell a program: how kernels are launched."""
     step("loading TVM")
     _check_tvm()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import MatmulConfig
+from .config import Config, FlashAttenConfig, MatmulConfig
 from .errors import UnsupportedError
 from .layout import PackedLayout
-from .schedule import RULES, Problem, Tiling, native_layout, read_tiling, select_rule
+from .schedule import RULES, AttentionProblem, Problem, Tiling, native_layout, read_tiling, select_rule
+from .schedule.rule import ATTENTION
 from .target import Target
 
 #: Kernels index weights with 32 bits.
@@ -51,8 +52,25 @@ class KernelPlan:
         return cls(fields["name"], fields["rule"], read_tiling(fields["tiling"]), tuple(fields["buckets"]))
 
 
+class Plan:
+    """What all plans have: fields of the frozen dataclasses that derive from it."""
+
+    target: Target
+    kernels: tuple[KernelPlan, ...]
+
+    @property
+    def tilings(self) -> dict[int, Tiling]:
+        """The tiling by bucket: what `make_plan` takes to decide the same again."""
+        return {m: kernel.tiling for kernel in self.kernels for m in kernel.buckets}
+
+    @property
+    def buckets(self) -> list[tuple[int, str]]:
+        """(bucket, kernel name), ascending: m takes the first bucket that is not smaller, beyond them the last."""
+        return sorted((m, kernel.name) for kernel in self.kernels for m in kernel.buckets)
+
+
 @dataclass(frozen=True)
-class MatmulPlan:
+class MatmulPlan(Plan):
     """The kernels of one operator; every kernel computes any number of rows, its buckets are what it is fast for.
 
     `config` is the kernels' (`MatmulConfig.kernel`): operators that differ at the door only share them.
@@ -89,15 +107,44 @@ class MatmulPlan:
             f"{self.target.isa}"
         )
 
-    @property
-    def tilings(self) -> dict[int, Tiling]:
-        """The tiling by bucket: what `plan_matmul` takes to decide the same again."""
-        return {m: kernel.tiling for kernel in self.kernels for m in kernel.buckets}
 
-    @property
-    def buckets(self) -> list[tuple[int, str]]:
-        """(bucket, kernel name), ascending: m takes the first bucket that is not smaller, beyond them the last."""
-        return sorted((m, kernel.name) for kernel in self.kernels for m in kernel.buckets)
+@dataclass(frozen=True)
+class AttentionPlan(Plan):
+    """The kernels of one attention; every kernel computes any lengths, its buckets of rows are what it is fast for.
+
+    `config` is the kernels' (`FlashAttenConfig.kernel`).
+    """
+
+    config: FlashAttenConfig
+    target: Target
+    kernels: tuple[KernelPlan, ...]
+
+    def problem(self, kernel: KernelPlan) -> AttentionProblem:
+        """The problem that a kernel was planned for: its largest bucket."""
+        return AttentionProblem(self.config, self.target, kernel.buckets[-1])
+
+    def fields(self) -> dict[str, object]:
+        """All that decides about the library's bytes, apart from versions, as JSON values."""
+        return {
+            "operator": ATTENTION,
+            "config": self.config.fields(),
+            "target": self.target.fields(),
+            "kernels": [kernel.fields() for kernel in self.kernels],
+        }
+
+    def describe(self) -> str:
+        """What is computed, for which buckets, and by which instructions: for messages."""
+        config, buckets = self.config, ", ".join(str(m) for m, _ in self.buckets)
+        dims = f"dim={config.dim}" + (f" dim_v={config.dim_v}" if config.dim_v != config.dim else "")
+        details = [
+            dims,
+            *(["causal"] if config.is_causal else []),
+            *(["K transposed"] if config.layout == "ntn" else []),
+        ]
+        dtypes = "/".join(dict.fromkeys((config.Q_dtype, config.K_dtype, config.V_dtype)))
+        return (
+            f"attention {dtypes} -> {config.Out_dtype}, {', '.join(details)} for buckets {buckets} on {self.target.isa}"
+        )
 
 
 def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling] | None = None) -> MatmulPlan:
@@ -118,11 +165,7 @@ def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling
         No rule serves a bucket, the card is older than compute capability 7.5, or the weights have 2^31 bytes and more.
     """
     config = config.kernel
-    if target.kind == "cuda" and target.capability < OLDEST_CAPABILITY:
-        raise UnsupportedError(
-            f"target {target}: cards of compute capability {OLDEST_CAPABILITY / 10} and later are supported, those of CUDA 13; "
-            "name another target, such as 'llvm' for this CPU"
-        )
+    _check_card(target)
     layout = native_layout(config, target)
     if max(config.N, config.K) >= MAX_SIDE:
         raise UnsupportedError(f"N = {config.N}, K = {config.K}: kernels take at most {MAX_SIDE - 1} of each")
@@ -131,15 +174,55 @@ def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling
             f"weights of {config.N} x {config.K} {config.W_dtype} have {layout.num_bytes} bytes; kernels index fewer than "
             f"{MAX_WEIGHT_BYTES}. Split N over several operators"
         )
+    kernels = _choose("matmul", [Problem(config, layout, target, m) for m in config.buckets], tuned)
+    return MatmulPlan(config, target, layout, kernels)
+
+
+def plan_attention(
+    config: FlashAttenConfig, target: Target, tuned: Mapping[int, Tiling] | None = None
+) -> AttentionPlan:
+    """Decide how to compute `config` on `target`: see `plan_matmul`.
+
+    Raises
+    ------
+    UnsupportedError
+        No rule serves a bucket, or the card is older than compute capability 7.5.
+    """
+    config = config.kernel
+    _check_card(target)
+    kernels = _choose(ATTENTION, [AttentionProblem(config, target, m) for m in config.buckets], tuned)
+    return AttentionPlan(config, target, kernels)
+
+
+def make_plan(config: Config, target: Target, tuned: Mapping[int, Tiling] | None = None) -> AnyPlan:
+    """`plan_matmul` or `plan_attention`, whichever is for such a config."""
+    if isinstance(config, FlashAttenConfig):
+        return plan_attention(config, target, tuned)
+    return plan_matmul(config, target, tuned)
+
+
+AnyPlan = MatmulPlan | AttentionPlan
+
+
+def _check_card(target: Target) -> None:
+    if target.kind == "cuda" and target.capability < OLDEST_CAPABILITY:
+        raise UnsupportedError(
+            f"target {target}: cards of compute capability {OLDEST_CAPABILITY / 10} and later are supported, those of CUDA 13; "
+            "name another target, such as 'llvm' for this CPU"
+        )
+
+
+def _choose(
+    prefix: str, problems: Sequence[Problem | AttentionProblem], tuned: Mapping[int, Tiling] | None
+) -> tuple[KernelPlan, ...]:
+    """A kernel for each rule and tiling that a bucket has: the measured tiling where a rule offers it, else its default."""
     chosen: dict[tuple[str, Tiling], list[int]] = {}
-    for m in config.buckets:
-        problem = Problem(config, layout, target, m)
+    for problem in problems:
         rule = select_rule(RULES, problem)
         tilings = rule.tilings(problem)
-        tiling = (tuned or {}).get(m, tilings[0])
-        chosen.setdefault((rule.name, tiling if tiling in tilings else tilings[0]), []).append(m)
-    kernels = tuple(
-        KernelPlan(f"matmul_{index}", rule, tiling, tuple(buckets))
+        tiling = (tuned or {}).get(problem.m, tilings[0])
+        chosen.setdefault((rule.name, tiling if tiling in tilings else tilings[0]), []).append(problem.m)
+    return tuple(
+        KernelPlan(f"{prefix}_{index}", rule, tiling, tuple(buckets))
         for index, ((rule, tiling), buckets) in enumerate(chosen.items())
     )
-    return MatmulPlan(config, target, layout, kernels)

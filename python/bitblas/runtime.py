@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -17,8 +18,8 @@ from .config import MatmulConfig
 from .cuda.compile import load_cubin
 from .cuda.dense import DenseMatmul
 from .cuda.workspaces import workspaces
-from .plan import KernelPlan, MatmulPlan
-from .schedule import Tiling
+from .plan import AnyPlan, AttentionPlan, KernelPlan, MatmulPlan
+from .schedule import MatmulTiling
 from .schedule.cuda.dense import DenseTiling, is_dense
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Kernels:
         return kept
 
     def launch(self, m: int, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """Compute `out` (m, N) from A (m, K), the first of `operands`; all contiguous, and checked before.
+        """Compute `out` from `operands`, all checked before: of a matmul (m, N), contiguous, from A (m, K), the first of them.
 
         m takes the nearest bucket that is not smaller, beyond the largest that one; more rows than a slab are computed in
         slabs of equal size.
@@ -93,7 +94,7 @@ class Kernels:
 class _WithWorkspace:
     """A kernel that takes two more tensors after its output, to share sums in."""
 
-    def __init__(self, function: Callable[..., None], tiling: Tiling, config: MatmulConfig) -> None:
+    def __init__(self, function: Callable[..., None], tiling: MatmulTiling, config: MatmulConfig) -> None:
         self._function, self._tiling, self._config = function, tiling, config
 
     def __call__(self, a: torch.Tensor, *others: torch.Tensor) -> None:
@@ -101,7 +102,7 @@ class _WithWorkspace:
         self._function(a, *others, *workspaces.get(a.get_device(), *sizes))
 
 
-def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
+def load_kernels(library: Path, plan: AnyPlan) -> Kernels:
     """Load the library that was built from `plan`, for a target that this machine can run; of CUDA kernels, on any machine.
 
     Kernels for cards are loaded to a device, by the CUDA runtime in the library, when they are first launched there. They run
@@ -113,7 +114,7 @@ def load_kernels(library: Path, plan: MatmulPlan) -> Kernels:
     return _kernels(tvm_ffi.load_module(str(library)), plan)
 
 
-def wrap_executable(executable: tvm.runtime.Executable, plan: MatmulPlan) -> Kernels:
+def wrap_executable(executable: tvm.runtime.Executable, plan: AnyPlan) -> Kernels:
     """Use kernels that TVM has just compiled in memory, and runs on threads of its own."""
     _watch_forks()
     return _kernels(executable.jit(), plan)
@@ -137,19 +138,27 @@ def _compute_alone() -> None:
     os.sched_setaffinity(0, cpus)  # which TVM has changed
 
 
+def tiling_of(kernel: KernelPlan) -> MatmulTiling:
+    """The tiling of a kernel of a matmul."""
+    assert isinstance(kernel.tiling, MatmulTiling)
+    return kernel.tiling
+
+
 def slab_rows(plan: MatmulPlan, kernel: KernelPlan) -> int:
     """Rows that one launch of a kernel computes at most."""
-    tiling = kernel.tiling
+    tiling = tiling_of(kernel)
     indexable = max(1, MAX_ELEMENTS // tiling.row_elements(plan.config, plan.layout) - tiling.block_m)
     return min(tiling.most_rows or indexable, indexable)
 
 
-def _kernels(module: object, plan: MatmulPlan) -> Kernels:
+def _kernels(module: object, plan: AnyPlan) -> Kernels:
+    if isinstance(plan, AttentionPlan):  # which index with 64 bits
+        return Kernels(module, [(m, name, sys.maxsize) for m, name in plan.buckets])
     kernels = {kernel.name: kernel for kernel in plan.kernels}
     slabs = {name: slab_rows(plan, kernel) for name, kernel in kernels.items()}
 
     def dress(name: str, function: Callable[..., None]) -> Callable[..., None]:
-        tiling = kernels[name].tiling
+        tiling = tiling_of(kernels[name])
         if isinstance(tiling, DenseTiling):
             return DenseMatmul(None if is_dense(plan.config) else function, plan.config)
         return _WithWorkspace(function, tiling, plan.config) if any(tiling.workspace(plan.config, 1)) else function

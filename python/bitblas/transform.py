@@ -9,50 +9,47 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from .config import MatmulConfig
 from .errors import BitBLASError, BuildError
-from .expr import MatmulExpr, matmul_func
-from .layout import PackedLayout
+from .expr import MatmulExpr, attention_func, matmul_func
 from .logs import get_logger
-from .schedule import Problem, ScheduleRule, Tiling, rank, read_tiling, select_rule
+from .schedule import AttentionProblem, MatmulTiling, Problem, Rule, Tiling, rank, read_tiling, select_rule
+from .schedule.rule import read_problem
 from .target import Target, resolve_target
+
+AnyProblem = Problem | AttentionProblem
 
 #: The function attribute that says what a function computes.
 PROBLEM_ATTR = "bitblas.problem"
 
 
-def describe(func: tirx.PrimFunc, problem: Problem, rule: str, tiling: Tiling) -> tirx.PrimFunc:
+def describe(func: tirx.PrimFunc, problem: AnyProblem, rule: str, tiling: Tiling) -> tirx.PrimFunc:
     """Attach to `func` what it computes, and the rule and tiling that its block sizes were chosen for."""
-    text = json.dumps(
-        {
-            "config": problem.config.fields(),
-            "layout": problem.layout.name,
-            "m": problem.m,
-            "rule": rule,
-            "tiling": tiling.fields(),
-        }
-    )
+    text = json.dumps({**problem.fields(), "rule": rule, "tiling": tiling.fields()})
     return func.with_attr({PROBLEM_ATTR: text})
 
 
-def described_func(problem: Problem, rule: str, tiling: Tiling, name: str) -> tirx.PrimFunc:
+def described_func(problem: AnyProblem, rule: str, tiling: Tiling, name: str) -> tirx.PrimFunc:
     """The unscheduled function of a problem, with the block sizes of a tiling, described."""
+    return describe(_expression(problem, tiling, name), problem, rule, tiling)
+
+
+def _expression(problem: AnyProblem, tiling: Tiling, name: str) -> tirx.PrimFunc:
+    if isinstance(problem, AttentionProblem):
+        return attention_func(problem.config, name)
+    assert isinstance(tiling, MatmulTiling)
     config, layout = problem.config, problem.layout
-    expr = MatmulExpr(config, layout, **tiling.blocks(config, layout))
-    return describe(matmul_func(expr, name), problem, rule, tiling)
+    return matmul_func(MatmulExpr(config, layout, **tiling.blocks(config, layout)), name)
 
 
-def read_description(func: object, target: Target) -> tuple[Problem, str, Tiling] | None:
+def read_description(func: object, target: Target) -> tuple[AnyProblem, str, Tiling] | None:
     """What `describe` attached: the problem, a rule's name and a tiling; None for other functions."""
     if not isinstance(func, tirx.PrimFunc) or PROBLEM_ATTR not in func.attrs:
         return None
     facts = json.loads(str(func.attrs[PROBLEM_ATTR]))
-    config = MatmulConfig(**facts["config"])
-    layout = PackedLayout(config.N, config.K, config.format.bits, facts["layout"])
-    return Problem(config, layout, target, facts["m"]), facts["rule"], read_tiling(facts["tiling"])
+    return read_problem(facts, target), facts["rule"], read_tiling(facts["tiling"])
 
 
-def _rule_for(rules: tuple[ScheduleRule[Any], ...], name: str, problem: Problem) -> ScheduleRule[Any]:
+def _rule_for(rules: tuple[Rule[Any, Any], ...], name: str, problem: AnyProblem) -> Rule[Any, Any]:
     """The named rule, where it does not decline, else the first that does not."""
     named = [rule for rule in rules if rule.name == name and rule.decline(problem) is None]
     return named[0] if named else select_rule(rules, problem)
@@ -67,7 +64,7 @@ class ApplyDefaultSchedule:
 
     Parameters
     ----------
-    rules : tuple of ScheduleRule
+    rules : tuple of Rule
         In order of preference.
     target : Target, optional
         What to schedule for; None resolves as operators do.
@@ -78,7 +75,7 @@ class ApplyDefaultSchedule:
         Every rule declined a function; the text is that of the `UnsupportedError`, which TVM does not carry through a pass.
     """
 
-    def __init__(self, rules: tuple[ScheduleRule[Any], ...], target: Target | None = None) -> None:
+    def __init__(self, rules: tuple[Rule[Any, Any], ...], target: Target | None = None) -> None:
         self.rules = tuple(rules)
         self.target = resolve_target(target)
 
@@ -104,7 +101,7 @@ class ApplyFastTuning:
 
     Parameters
     ----------
-    rules : tuple of ScheduleRule
+    rules : tuple of Rule
         In order of preference.
     measure : callable
         Takes a module with one scheduled function, and the problem that it solves; returns seconds, or raises a
@@ -122,8 +119,8 @@ class ApplyFastTuning:
 
     def __init__(
         self,
-        rules: tuple[ScheduleRule[Any], ...],
-        measure: Callable[[tvm.IRModule, Problem], float],
+        rules: tuple[Rule[Any, Any], ...],
+        measure: Callable[[tvm.IRModule, Any], float],
         topk: int = 20,
         target: Target | None = None,
     ) -> None:
@@ -138,7 +135,7 @@ class ApplyFastTuning:
             scheduled[name] = func if described is None else self._fastest(name.name_hint, *described)
         return tvm.IRModule(scheduled, attrs=mod.attrs)
 
-    def _fastest(self, name: str, problem: Problem, rule_name: str, own: Tiling) -> tirx.PrimFunc:
+    def _fastest(self, name: str, problem: AnyProblem, rule_name: str, own: Tiling) -> tirx.PrimFunc:
         rule = _rule_for(self.rules, rule_name, problem)
         offered = rank(problem, rule.tilings(problem))
         if own in offered:

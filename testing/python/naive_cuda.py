@@ -8,13 +8,13 @@ import pytest
 
 import bitblas
 from bitblas.layout import PackedLayout
-from bitblas.schedule.rule import Problem, ScheduleRule, Tiling
+from bitblas.schedule.rule import MatmulTiling, Problem, ScheduleRule
 
 THREADS = 64
 
 
 @dataclass(frozen=True)
-class NaiveTiling(Tiling):
+class NaiveTiling(MatmulTiling):
     """`partial_rows`: rows of sums in a workspace that the kernel asks for, and does not use; 0 asks for none."""
 
     partial_rows: int = 0

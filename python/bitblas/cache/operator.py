@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from .. import env
-from ..config import MatmulConfig
+from ..config import Config, MatmulConfig
 from ..errors import ArgumentError, UnsupportedError
 from ..locks import ForkLock
 from ..logs import get_logger, warn_once
@@ -152,7 +152,9 @@ def _resolve(target: object) -> Target | None:
 global_operator_cache = OperatorCache()
 
 
-def _find_saved(config: MatmulConfig, target: Target) -> Provided | None:
+def _find_saved(config: Config, target: Target) -> Provided | None:
+    if not isinstance(config, MatmulConfig):
+        return None
     found = Database(_path(None)).find(config, target)
     return None if found is None else found.provided
 

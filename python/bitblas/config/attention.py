@@ -70,8 +70,8 @@ class FlashAttenConfig:
     is_causal: bool = False
     heads_kv: int | None = field(default=None, kw_only=True)
     seq_len_kv: int | str | None = field(default="seq_len", kw_only=True)
-    dim_v: int | None = field(default=None, kw_only=True)
-    softmax_scale: float | None = field(default=None, kw_only=True)
+    dim_v: int = field(default=None, kw_only=True)  # type: ignore[assignment]
+    softmax_scale: float = field(default=None, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         dim = _check_dim("dim", self.dim)

@@ -2,11 +2,12 @@
 
 import importlib
 
-from ..config import MatmulConfig
+from ..config import FlashAttenConfig, MatmulConfig
 from .matmul import Matmul
 
 #: Where the operators are that few need: `import bitblas` does without them.
 _MODULES = {
+    "FlashAtten": "attention",
     "LOP3Permutate": "lop3_permutate",
     "LOP3PermutateConfig": "lop3_permutate",
     "LadderPermutate": "ladder_permutate",
@@ -17,7 +18,7 @@ _MODULES = {
     "QuantCompressConfig": "quant_compress",
 }
 
-__all__ = ["Matmul", "MatmulConfig", *_MODULES]
+__all__ = ["FlashAttenConfig", "Matmul", "MatmulConfig", *_MODULES]
 
 
 def __getattr__(name: str) -> object:

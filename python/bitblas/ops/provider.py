@@ -11,11 +11,11 @@ from .. import env
 from ..artifacts import Artifact, ArtifactStore, artifact_key
 from ..artifacts.survey import toolchains
 from ..build import COMPILER, SOURCES, build_library, compile_plan, find_compiler, is_usable, toolchain
-from ..config import MatmulConfig
+from ..config import Config
 from ..errors import BuildError
 from ..locks import ForkLock
 from ..logs import get_logger, warn_once
-from ..plan import KernelPlan, MatmulPlan
+from ..plan import AnyPlan, KernelPlan
 from ..runtime import Kernels, load_kernels, wrap_executable
 from ..target import Target
 
@@ -39,7 +39,7 @@ class Provided:
         How long it took.
     source : Path or str
         The generated code: a file of the artifact, or its text.
-    plan : MatmulPlan
+    plan : AnyPlan
         What they were built from.
     artifact : Artifact or None
         Where the library is; None for what was compiled in memory.
@@ -49,7 +49,7 @@ class Provided:
     origin: str
     seconds: float
     source: Path | str
-    plan: MatmulPlan
+    plan: AnyPlan
     artifact: Artifact | None = None
 
 
@@ -61,15 +61,15 @@ def store(root: Path | None = None) -> ArtifactStore:
 
 
 #: Finds a saved operator by config and target: its kernels. `bitblas.cache` puts itself here when it is loaded.
-find_saved: Callable[[MatmulConfig, Target], Provided | None] | None = None
+find_saved: Callable[[Config, Target], Provided | None] | None = None
 
 
-def plan_key(plan: MatmulPlan) -> str:
+def plan_key(plan: AnyPlan) -> str:
     """The artifact key of a plan under the installed toolchain."""
     return artifact_key({**plan.fields(), "toolchain": toolchain()})
 
 
-def provide(plan: MatmulPlan) -> Provided:
+def provide(plan: AnyPlan) -> Provided:
     """Load the plan's kernels, building them first where the store has none.
 
     Where TVM is not installed, kernels with other tilings serve that were built from the same config for the same target and
@@ -95,7 +95,7 @@ def provide(plan: MatmulPlan) -> Provided:
     return _provided(plan, artifact, "compiled" if built else "loaded", began)
 
 
-def build(plan: MatmulPlan) -> Artifact:
+def build(plan: AnyPlan) -> Artifact:
     """The plan's artifact in the store, built where it is missing; for any target, since nothing is loaded.
 
     Raises
@@ -115,7 +115,7 @@ def build(plan: MatmulPlan) -> Artifact:
     return _get_or_build(plan, compiler)[0]
 
 
-def _get_or_build(plan: MatmulPlan, compiler: str) -> tuple[Artifact, bool]:
+def _get_or_build(plan: AnyPlan, compiler: str) -> tuple[Artifact, bool]:
     target_store = store()
 
     def fill(staging: Path) -> Mapping[str, object]:
@@ -126,7 +126,7 @@ def _get_or_build(plan: MatmulPlan, compiler: str) -> tuple[Artifact, bool]:
     return target_store.get_or_build(plan_key(plan), fill)
 
 
-def load(plan: MatmulPlan, root: Path | None = None) -> Provided | None:
+def load(plan: AnyPlan, root: Path | None = None) -> Provided | None:
     """Load the plan's kernels from the store in `root`, or BITBLAS_CACHE_DIR's; None where there are none. Builds nothing.
 
     Raises
@@ -143,7 +143,7 @@ def load(plan: MatmulPlan, root: Path | None = None) -> Provided | None:
     return None if artifact is None else _provided_unless_removed(plan, artifact, began)
 
 
-def _provided_unless_removed(plan: MatmulPlan, artifact: Artifact, began: float) -> Provided | None:
+def _provided_unless_removed(plan: AnyPlan, artifact: Artifact, began: float) -> Provided | None:
     """What was verified may be removed before it is loaded, by `bitblas cache prune` for example: None then."""
     try:
         return _provided(plan, artifact, "loaded", began)
@@ -153,14 +153,14 @@ def _provided_unless_removed(plan: MatmulPlan, artifact: Artifact, began: float)
         return None
 
 
-def _provided(plan: MatmulPlan, artifact: Artifact, origin: str, began: float) -> Provided:
+def _provided(plan: AnyPlan, artifact: Artifact, origin: str, began: float) -> Provided:
     kernels = load_kernels(artifact.library, plan)
     seconds = time.perf_counter() - began
     get_logger().info("%s %s in %.3f s, kept in %s", origin, plan.describe(), seconds, artifact.path)
     return Provided(kernels, origin, seconds, artifact.file(SOURCES[plan.target.kind]), plan, artifact)
 
 
-def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Artifact | None:
+def _load_of_any_compiler(plan: AnyPlan, target_store: ArtifactStore) -> Artifact | None:
     """Where TVM is not installed, the library that some version of it built from the same plan by the same sources."""
     if toolchain()[COMPILER]:
         return None
@@ -169,7 +169,7 @@ def _load_of_any_compiler(plan: MatmulPlan, target_store: ArtifactStore) -> Arti
     return next(filter(None, map(target_store.load, keys)), None)
 
 
-def _load_other_tilings(plan: MatmulPlan, began: float) -> Provided | None:
+def _load_other_tilings(plan: AnyPlan, began: float) -> Provided | None:
     """Where TVM is not installed: the same with the tilings of a record, or of a card, that is not here."""
     if toolchain()[COMPILER]:
         return None
@@ -186,14 +186,14 @@ def _load_other_tilings(plan: MatmulPlan, began: float) -> Provided | None:
     return None
 
 
-def _compile_in_memory(plan: MatmulPlan, key: str, began: float) -> Provided:
+def _compile_in_memory(plan: AnyPlan, key: str, began: float) -> Provided:
     with _compiling.held():
         if key not in _in_memory:
             _in_memory[key] = _compile(plan, began)
         return _in_memory[key]
 
 
-def _compile(plan: MatmulPlan, began: float) -> Provided:
+def _compile(plan: AnyPlan, began: float) -> Provided:
     warn_once(
         "no C compiler",
         "there is no C compiler (cc, gcc or clang) to link compiled operators with: they are compiled in memory by every "

@@ -7,11 +7,10 @@ exported program finds, or builds, its kernels in another process.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -20,6 +19,7 @@ from ..errors import ArgumentError
 from ..layout import PackedLayout
 from ..target import Target
 from .arguments import Operand, operands_of
+from .registry import find_operator, write_spec
 
 
 class Operator(Protocol):
@@ -47,54 +47,18 @@ class Operator(Protocol):
         """Decode."""
 
 
-#: Under "matmul" what makes an operator of a config, for a target, with or without a dense cache: `Matmul` puts itself here.
-makers: dict[str, Callable[[MatmulConfig, Target, bool], Operator]] = {}
-
 _OPERANDS = "Tensor A, Tensor W, Tensor? scale, Tensor? zeros, Tensor? bias"
 _DEVICES = ("cpu", "cuda")
 
-#: Operators that are alive, by spec; the latest of several.
-_alive: WeakValueDictionary[str, Operator] = WeakValueDictionary()
-#: Those that were made for a graph, which holds their spec only.
-_made: dict[str, Operator] = {}
-
 
 def operator_spec(config: MatmulConfig, target: Target, layout: str, dense_cache: bool) -> str:
-    """A text by which an operator can be found, or made again elsewhere."""
-    fields = {"config": config.fields(), "target": target.fields(), "layout": layout, "dense_cache": dense_cache}
-    return json.dumps(fields, sort_keys=True)
+    """The text of a matmul."""
+    return write_spec("matmul", target, config=config.fields(), layout=layout, dense_cache=dense_cache)
 
 
-def announce(spec: str, op: Operator) -> None:
-    """Let graphs find `op`."""
-    _alive[spec] = op
-
-
-def find_operator(spec: str) -> Operator:
-    """The operator of a spec, made where none is alive.
-
-    Raises
-    ------
-    UnsupportedError
-        This machine cannot run the target that a graph was exported for.
-    ArgumentError
-        Weights lie in another layout here than in the program that exported the graph.
-    """
-    found = _alive.get(spec) or _made.get(spec)
-    if found is None:
-        found = _made[spec] = _make(json.loads(spec))
-    return found
-
-
-def _make(fields: dict[str, Any]) -> Operator:
-    target = Target(**{**fields["target"], "mattr": tuple(fields["target"]["mattr"])})
-    op = makers["matmul"](MatmulConfig(**fields["config"]), target, fields["dense_cache"])
-    if op.layout.name != fields["layout"]:
-        raise ArgumentError(
-            f"the graph's weights lie in the layout {fields['layout']!r}, those of this version's {target} in "
-            f"{op.layout.name!r}: export the program again"
-        )
-    return op
+def find_matmul(spec: str) -> Operator:
+    """The operator of a text: see `find_operator`."""
+    return find_operator(spec)
 
 
 @lru_cache(maxsize=4096)
@@ -120,7 +84,7 @@ def _matmul(
     bias: torch.Tensor | None,
     operator: str,
 ) -> torch.Tensor:
-    return find_operator(operator).launch(A, W, (), {"scale": scale, "zeros": zeros, "bias": bias}, None)
+    return find_matmul(operator).launch(A, W, (), {"scale": scale, "zeros": zeros, "bias": bias}, None)
 
 
 def _matmul_fake(
@@ -168,7 +132,7 @@ def _matmul_into(
     output: torch.Tensor,
     operator: str,
 ) -> None:
-    find_operator(operator).launch(A, W, (), {"scale": scale, "zeros": zeros, "bias": bias}, output)
+    find_matmul(operator).launch(A, W, (), {"scale": scale, "zeros": zeros, "bias": bias}, output)
 
 
 def _matmul_into_fake(
@@ -195,7 +159,7 @@ def _matmul_into_fake(
 def _gradient(
     grad: torch.Tensor, W: torch.Tensor, scale: torch.Tensor | None, zeros: torch.Tensor | None, operator: str
 ) -> torch.Tensor:
-    op = find_operator(operator)
+    op = find_matmul(operator)
     config = op.config
     rows = grad.reshape(-1, config.N)
     # products of half precision are fast on cards, and float32 is what CPUs are sure to multiply

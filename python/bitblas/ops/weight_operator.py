@@ -13,7 +13,7 @@ from ..errors import ArgumentError, ConfigError, UnsupportedError
 from ..formats import parse_format
 from ..target import resolve_target
 from .arguments import check_dense
-from .matmul import BACKENDS
+from .operator import BACKENDS
 
 ConfigT = TypeVar("ConfigT")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from ..config import MatmulConfig
+from ..config import FlashAttenConfig, MatmulConfig
 from ..errors import UnsupportedError
 from ..layout import LANES, PackedLayout
 from ..target import Target
@@ -16,15 +16,30 @@ from ..target import Target
 if TYPE_CHECKING:
     from tvm import tirx
 
+#: What the fields of an attention's problem and plan say, beside its config.
+ATTENTION = "attention"
 #: Bytes of a cache line.
 LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel walks its loops: what all kinds of kernels have.
+    """How a kernel walks its loops.
 
     A kind is a subclass, frozen like this one; `kind` stands in its fields, so that `bitblas.schedule.read_tiling` finds it.
+    """
+
+    kind: ClassVar[str] = ""
+
+    def fields(self) -> dict[str, object]:
+        """As JSON values."""
+        kind = {"kind": self.kind} if self.kind else {}
+        return {**kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class MatmulTiling(Tiling):
+    """What all tilings of matmuls have.
 
     Attributes
     ----------
@@ -37,13 +52,6 @@ class Tiling:
     block_m: int
     block_n: int
     block_k: int
-
-    kind: ClassVar[str] = ""
-
-    def fields(self) -> dict[str, object]:
-        """As JSON values."""
-        kind = {"kind": self.kind} if self.kind else {}
-        return {**kind, **asdict(self)}
 
     def blocks(self, config: MatmulConfig, layout: PackedLayout) -> dict[str, Any]:
         """What the expression is cut into: arguments of `bitblas.expr.MatmulExpr` beyond config and layout."""
@@ -67,6 +75,22 @@ class Tiling:
         return 0, 0
 
 
+@dataclass(frozen=True)
+class AttentionTiling(Tiling):
+    """What all tilings of attentions have.
+
+    Attributes
+    ----------
+    block_m : int
+        Rows that one thread of a CPU, or a block of a card, computes; a row is a query of one of the heads that share keys.
+    block_n : int
+        Keys that are looked at together, of which K and V are held in a cache, or in shared memory.
+    """
+
+    block_m: int
+    block_n: int
+
+
 def largest_divisor(value: int, limit: int) -> int:
     """The largest divisor of a number that is at most `limit`."""
     small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
@@ -75,7 +99,7 @@ def largest_divisor(value: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rule decides upon: one bucket of one operator on one target.
+    """What a rule of matmuls decides upon: one bucket of one operator on one target.
 
     Attributes
     ----------
@@ -94,6 +118,10 @@ class Problem:
     target: Target
     m: int
 
+    def fields(self) -> dict[str, object]:
+        """As JSON values, without the target."""
+        return {"config": self.config.fields(), "layout": self.layout.name, "m": self.m}
+
     @property
     def lane_blocks(self) -> int:
         """Blocks of 16 columns."""
@@ -105,35 +133,88 @@ class Problem:
         return self.m * self.config.N * self.config.K
 
 
+@dataclass(frozen=True)
+class AttentionProblem:
+    """What a rule of attentions decides upon: one bucket of one operator on one target.
+
+    Attributes
+    ----------
+    config : FlashAttenConfig
+        The question.
+    target : Target
+        The machine.
+    m : int
+        Rows that the kernel is specialised for.
+    """
+
+    config: FlashAttenConfig
+    target: Target
+    m: int
+
+    def fields(self) -> dict[str, object]:
+        """As JSON values, without the target."""
+        return {"operator": ATTENTION, "config": self.config.fields(), "m": self.m}
+
+
+def read_problem(fields: Mapping[str, Any], target: Target) -> Problem | AttentionProblem:
+    """The problem with these fields."""
+    if fields.get("operator") == ATTENTION:
+        return AttentionProblem(FlashAttenConfig(**fields["config"]), target, fields["m"])
+    config = MatmulConfig(**fields["config"])
+    layout = PackedLayout(config.N, config.K, config.format.bits, fields["layout"])
+    return Problem(config, layout, target, fields["m"])
+
+
+AnyProblem = TypeVar("AnyProblem", bound="Problem | AttentionProblem")
 AnyTiling = TypeVar("AnyTiling", bound=Tiling)
 
 
-class ScheduleRule(ABC, Generic[AnyTiling]):
-    """One way to schedule a matmul. `name` is unique and stands in artifacts; `layouts` are those that the rule reads."""
+class Rule(ABC, Generic[AnyProblem, AnyTiling]):
+    """One way to schedule a kind of problem. `name` is unique and stands in artifacts."""
 
     name: str
     target_kind: ClassVar[str] = "llvm"
-    layouts: tuple[str, ...] = ("lanes", "packed")
+    #: The class of the problems that it is for.
+    solves: ClassVar[type]
 
-    def decline(self, problem: Problem) -> str | None:
+    def decline(self, problem: AnyProblem) -> str | None:
         """Say why the rule does not serve `problem`; None where it does."""
         if problem.target.kind != self.target_kind:
             return f"is for {self.target_kind} targets, not {problem.target}"
+        return None
+
+    @abstractmethod
+    def tilings(self, problem: AnyProblem) -> Sequence[AnyTiling]:
+        """The legal tilings, the default first."""
+
+    @abstractmethod
+    def apply(self, func: tirx.PrimFunc, problem: AnyProblem, tiling: AnyTiling) -> tirx.PrimFunc:
+        """The scheduled `func`, which was built for `tiling`'s block sizes. Imports TVM."""
+
+
+class ScheduleRule(Rule[Problem, AnyTiling]):
+    """One way to schedule a matmul; `layouts` are those of the weights that the rule reads."""
+
+    solves = Problem
+    layouts: tuple[str, ...] = ("lanes", "packed")
+
+    def decline(self, problem: Problem) -> str | None:
+        """See `Rule`."""
+        if reason := super().decline(problem):
+            return reason
         if problem.layout.name not in self.layouts:
             return f"reads weights in the layout {' or '.join(self.layouts)}, not {problem.layout.name}"
         return None
 
-    @abstractmethod
-    def tilings(self, problem: Problem) -> Sequence[AnyTiling]:
-        """The legal tilings, the default first."""
 
-    @abstractmethod
-    def apply(self, func: tirx.PrimFunc, problem: Problem, tiling: AnyTiling) -> tirx.PrimFunc:
-        """The scheduled `func`, which was built for `tiling`'s block sizes. Imports TVM."""
+class AttentionRule(Rule[AttentionProblem, AnyTiling]):
+    """One way to schedule an attention."""
+
+    solves = AttentionProblem
 
 
-def select_rule(rules: tuple[ScheduleRule[Any], ...], problem: Problem) -> ScheduleRule[Any]:
-    """Return the first rule that does not decline.
+def select_rule(rules: tuple[Rule[Any, Any], ...], problem: AnyProblem) -> Rule[AnyProblem, Any]:
+    """Return the first rule for such problems that does not decline.
 
     Raises
     ------
@@ -142,6 +223,8 @@ def select_rule(rules: tuple[ScheduleRule[Any], ...], problem: Problem) -> Sched
     """
     names: dict[str, list[str]] = {}  # of the rules that give a reason
     for rule in rules:
+        if not isinstance(problem, rule.solves):
+            continue
         reason = rule.decline(problem)
         if reason is None:
             return rule

@@ -18,7 +18,7 @@ from ..artifacts import ArtifactStore, artifact_key
 from ..artifacts.record import DamagedError
 from ..artifacts.survey import toolchains
 from ..build import COMPILER, is_usable, toolchain
-from ..config import MatmulConfig
+from ..config import Config
 from ..errors import BitBLASError
 from ..logs import get_logger
 from ..schedule import Tiling, read_tiling
@@ -52,17 +52,17 @@ def this_machine(target: Target | None = None) -> dict[str, object]:
     }
 
 
-def record_path(config: MatmulConfig, target: Target) -> Path:
+def record_path(config: Config, target: Target) -> Path:
     """The file of a config and a target, with the numbers of its card, under the installed versions."""
     return env.CACHE_DIR.get() / "tuning" / f"{_key(config, target, toolchain())}.json"
 
 
-def _key(config: MatmulConfig, target: Target, versions: Mapping[str, str]) -> str:
+def _key(config: Config, target: Target, versions: Mapping[str, str]) -> str:
     return artifact_key({"config": config.kernel.fields(), "target": target.facts(), "toolchain": versions})
 
 
 def save_record(
-    config: MatmulConfig,
+    config: Config,
     target: Target,
     found: Mapping[int, TunedBucket],
     machine: Mapping[str, object] | None = None,
@@ -108,12 +108,12 @@ def save_record(
     return record
 
 
-def read_record(config: MatmulConfig, target: Target) -> dict[str, Any] | None:
+def read_record(config: Config, target: Target) -> dict[str, Any] | None:
     """The stored record, or None; a damaged one counts as none. Where TVM is not installed, that of any version of it."""
     return _read_record(find_record(config, target))
 
 
-def find_record(config: MatmulConfig, target: Target) -> Path:
+def find_record(config: Config, target: Target) -> Path:
     """The file that `read_record` reads, which need not be there."""
     path = record_path(config, target)
     if toolchain()[COMPILER] or path.exists():
@@ -158,7 +158,7 @@ def choices(record: Mapping[str, Any]) -> dict[int, Tiling]:
     return {int(m): read_tiling(row["tiling"]) for m, row in record["buckets"].items()}
 
 
-def load_record(config: MatmulConfig, target: Target) -> dict[int, Tiling] | None:
+def load_record(config: Config, target: Target) -> dict[int, Tiling] | None:
     """The stored choices by bucket, or None."""
     record = read_record(config, target)
     return None if record is None else choices(record)

@@ -11,7 +11,7 @@ from bitblas.layout import PackedLayout
 from bitblas.machines import Card
 from bitblas.plan import KernelPlan, MatmulPlan
 from bitblas.runtime import Kernels
-from bitblas.schedule import ScheduleRule, Tiling
+from bitblas.schedule import MatmulTiling, ScheduleRule
 from bitblas.target import Target, resolve_target
 from bitblas.tuner import LostError, children, local, record
 from bitblas.tuner.search import candidates, tiling_of
@@ -144,7 +144,7 @@ def kernels(value):
 def test_the_runner_times_batches_and_compares_results():
     watch = FakeStopwatch(1.1e-4)  # launches of 0.11 ms, which a call's cost makes 0.21
     runner = local.Runner(watch)
-    first, same, other = (plan_of(Tiling(1, 16, k)) for k in (8, 16, 32))
+    first, same, other = (plan_of(MatmulTiling(1, 16, k)) for k in (8, 16, 32))
     assert runner.turn(kernels(1.0), first, 16, None) == pytest.approx([1.1e-4] * 3)
     assert runner.turn(kernels(1.0), same, 16, kernels(1.0)) == pytest.approx([1.1e-4] * 3)
     assert "gives other results: 1024 of 1024" in runner.turn(kernels(1.5), other, 16, kernels(1.0))
@@ -179,7 +179,7 @@ def test_a_card_that_computes_no_more_ends_the_child_which_starts_again():
 
 def test_a_job_on_a_card_says_what_cannot_be_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    plan = plan_of(Tiling(1, 16, 8))
+    plan = plan_of(MatmulTiling(1, 16, 8))
 
     def fail(*_):
         raise RuntimeError("no kernel image is available")
@@ -199,7 +199,7 @@ def test_time_of_an_operator_on_a_card():
 
 
 @dataclass(frozen=True)
-class FakeTiling(Tiling):
+class FakeTiling(MatmulTiling):
     stages: int = 1
 
     kind = "fake"

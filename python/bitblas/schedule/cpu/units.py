@@ -9,7 +9,7 @@ from ...config import MatmulConfig
 from ...formats import DataFormat
 from ...layout import LANES, UNIT, PackedLayout
 from ...target import Target
-from ..rule import LINE_BYTES, Problem, ScheduleRule, Tiling, largest_divisor
+from ..rule import LINE_BYTES, MatmulTiling, Problem, ScheduleRule, largest_divisor
 
 #: Sums of int8 products stay exact in float32 up to this many terms: 512 · 128 · 255 < 2^24.
 EXACT_INT8_TERMS = 512
@@ -25,7 +25,7 @@ _SHORTEST_CHUNK = 32
 
 
 @dataclass(frozen=True)
-class LaneTiling(Tiling):
+class LaneTiling(MatmulTiling):
     """How a CPU kernel walks its loops.
 
     Attributes
@@ -65,7 +65,7 @@ class LaneTiling(Tiling):
     split_k: int = 1
 
     def blocks(self, config: MatmulConfig, layout: PackedLayout) -> dict[str, Any]:
-        """See `Tiling`."""
+        """See `MatmulTiling`."""
         return {
             "row_multiple": self.block_m,
             "lane_multiple": self.block_n // LANES,
@@ -76,13 +76,13 @@ class LaneTiling(Tiling):
         }
 
     def row_elements(self, config: MatmulConfig, layout: PackedLayout) -> int:
-        """See `Tiling`: rows of the output, or of the copy of A."""
+        """See `MatmulTiling`: rows of the output, or of the copy of A."""
         chunk = self.chunk(config, layout)
         return max(config.N, (self.slices or 1) * (-(-config.K // chunk) * chunk + MAX_SKEW))
 
     @property
     def most_rows(self) -> int:
-        """See `Tiling`."""
+        """See `MatmulTiling`."""
         return self.slab_m
 
     def chunk(self, config: MatmulConfig, layout: PackedLayout) -> int:
@@ -120,6 +120,10 @@ class Unit:
 
     def decline(self, fmt: DataFormat, target: Target) -> str | None:
         """Say why it does not serve weights of a format on a target; None where it does."""
+        return self.lacking(target)
+
+    def lacking(self, target: Target) -> str | None:
+        """Say which instruction set a target lacks; None where it has that."""
         if self.feature and self.feature not in target.features:
             return f"needs {self.feature}, which {target} lacks"
         return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...config import MatmulConfig
 from ...layout import PackedLayout
-from ..rule import Problem, ScheduleRule, Tiling
+from ..rule import MatmulTiling, Problem, ScheduleRule
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -21,7 +21,7 @@ _MOST_WEIGHTS = 1 << 31
 
 
 @dataclass(frozen=True)
-class DenseTiling(Tiling):
+class DenseTiling(MatmulTiling):
     """How the kernel that decodes walks the (N, K) weights: a thread writes block_k consecutive k of one of block_n rows.
 
     Attributes
@@ -35,11 +35,11 @@ class DenseTiling(Tiling):
     kind: ClassVar[str] = "dense"
 
     def blocks(self, config: MatmulConfig, layout: PackedLayout) -> dict[str, Any]:
-        """See `Tiling`."""
+        """See `MatmulTiling`."""
         return {"row_multiple": 1, "lane_multiple": 1, "chunk": config.group}
 
     def row_elements(self, config: MatmulConfig, layout: PackedLayout) -> int:
-        """See `Tiling`: rows of activations are torch's business."""
+        """See `MatmulTiling`: rows of activations are torch's business."""
         return 1
 
 

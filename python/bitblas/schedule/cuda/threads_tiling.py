@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 from ...config import MatmulConfig
 from ...layout import PackedLayout, stream_period
-from ..rule import Tiling, largest_divisor
+from ..rule import MatmulTiling, largest_divisor
 
 #: A chunk that is shorter than this, beside a group that is longer, is worth a last chunk that is not full.
 _SHORTEST_CHUNK = 8
 
 
 @dataclass(frozen=True)
-class ThreadTiling(Tiling):
+class ThreadTiling(MatmulTiling):
     """How threads share out a matmul.
 
     A block of threads computes block_m x block_n numbers, a thread thread_m x thread_n of them.
@@ -55,7 +55,7 @@ class ThreadTiling(Tiling):
         return self.threads_m * self.threads_n * self.lanes
 
     def blocks(self, config: MatmulConfig, layout: PackedLayout) -> dict[str, Any]:
-        """See `Tiling`."""
+        """See `MatmulTiling`."""
         return {
             "row_multiple": self.block_m,
             "lane_multiple": self.block_n,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ...config import MatmulConfig
 from ...formats import FORMATS
 from ...layout import FRAGMENT_K, FRAGMENT_N, LANES, WARP, PackedLayout
-from ..rule import Tiling
+from ..rule import MatmulTiling
 
 #: Rows of activations that one product takes.
 FRAGMENT_M = 8
@@ -20,7 +20,7 @@ _BANKS_BYTES = 128
 
 
 @dataclass(frozen=True)
-class FragmentTiling(Tiling):
+class FragmentTiling(MatmulTiling):
     """How a kernel for tensor cores walks its loops.
 
     A block of threads computes `block_m` rows by `block_n` columns; `block_k` is what one of its steps over k takes.
@@ -113,11 +113,11 @@ class FragmentTiling(Tiling):
         return self.operand_bytes(config) + self.row_facts_bytes(config)
 
     def blocks(self, config: MatmulConfig, layout: PackedLayout) -> dict[str, Any]:
-        """See `Tiling`."""
+        """See `MatmulTiling`."""
         return {"row_multiple": 1, "lane_multiple": self.block_n // LANES, "chunk": config.group}
 
     def workspace(self, config: MatmulConfig, m: int) -> tuple[int, int]:
-        """See `Tiling`."""
+        """See `MatmulTiling`."""
         if self.split_k == 1:
             return 0, 0
         tiles = -(-m // self.block_m) * -(-config.N // self.block_n)
@@ -125,7 +125,7 @@ class FragmentTiling(Tiling):
 
     @property
     def most_rows(self) -> int:
-        """See `Tiling`."""
+        """See `MatmulTiling`."""
         return self.slab_m
 
 

@@ -1,0 +1,77 @@
+"""Attention among torch's own operators: ``bitblas::flash_atten``, what torch.compile, torch.export and autograd see of it."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..config import FlashAttenConfig
+from ..errors import ArgumentError
+from ..target import Target
+from .attention_arguments import check_operands, check_output
+from .registry import find_operator, write_spec
+
+_DEVICES = ("cpu", "cuda")
+
+
+def attention_spec(config: FlashAttenConfig, target: Target) -> str:
+    """The text of an attention."""
+    return write_spec("attention", target, config=config.fields())
+
+
+@lru_cache(maxsize=4096)
+def _config_of(spec: str) -> FlashAttenConfig:
+    return FlashAttenConfig(**json.loads(spec)["config"])
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operator: str) -> torch.Tensor:
+    return find_operator(operator).launch(q, k, v, None)
+
+
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operator: str) -> torch.Tensor:
+    config = _config_of(operator)
+    shape = check_operands(config, q, k, v).output_shape(config)
+    return q.new_empty(shape, dtype=getattr(torch, config.Out_dtype))
+
+
+def _attention_into(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, operator: str) -> None:
+    find_operator(operator).launch(q, k, v, output)
+
+
+def _attention_into_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, operator: str
+) -> None:
+    """Nothing is made: `output` is there."""
+    config = _config_of(operator)
+    check_output(config, check_operands(config, q, k, v), q, output)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """There is nothing to keep."""
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    raise ArgumentError(
+        "FlashAtten has no gradient: it is for inference. Call it under torch.no_grad(), or train with "
+        "torch.nn.functional.scaled_dot_product_attention"
+    )
+
+
+def _define() -> None:
+    """Register both."""
+    library = torch.library
+    library.define("bitblas::flash_atten", "(Tensor q, Tensor k, Tensor v, str operator) -> Tensor")
+    library.define("bitblas::flash_atten_into", "(Tensor q, Tensor k, Tensor v, Tensor(a!) output, str operator) -> ()")
+    for name, kernel, fake in (
+        ("bitblas::flash_atten", _attention, _attention_fake),
+        ("bitblas::flash_atten_into", _attention_into, _attention_into_fake),
+    ):
+        library.impl(name, _DEVICES)(kernel)
+        library.register_fake(name)(fake)
+    library.register_autograd("bitblas::flash_atten", _backward, setup_context=_setup)
+
+
+_define()

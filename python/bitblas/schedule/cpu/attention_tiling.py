@@ -1,0 +1,33 @@
+"""How a CPU kernel of an attention walks its loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..rule import AttentionTiling
+
+
+@dataclass(frozen=True)
+class LaneAttentionTiling(AttentionTiling):
+    """How a CPU kernel walks its loops: rows stand in the lanes.
+
+    Attributes
+    ----------
+    lanes : int
+        Lanes of a register.
+    vectors : int
+        Registers side by side whose rows are computed together; `lanes` times `vectors` divides `block_m`.
+    keys, values : int
+        Keys, and elements of a head of V, whose sums with these rows stay in registers; `keys` divides `block_n` and is even.
+    dot : str
+        How products are summed: ``""`` in float32, one at a time; ``"bf16"`` two at a time, both bfloat16.
+    """
+
+    lanes: int
+    vectors: int
+    keys: int
+    values: int
+    dot: str = ""
+
+    kind: ClassVar[str] = "attention_lanes"
