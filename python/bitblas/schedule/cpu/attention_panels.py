@@ -13,10 +13,14 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import FlashAttenConfig
+from ...formats import parse_format
+from ..rule import LINE_BYTES
 from .attention_operands import FloatOperands, PairOperands, Row
 from .attention_tiling import LaneAttentionTiling
 from .transpose import transposed
 
+#: Rows of K and V that are asked for ahead of their copying: they lie apart, so that no hardware sees them come.
+ROWS_AHEAD = 8
 #: What a maximum begins with: a finite number, so that what is not seen, -inf, is infinitely far below it.
 LOWEST = -3.4028234663852886e38
 
@@ -180,6 +184,7 @@ class AttentionPanels:
         b, h, dim = self.batch_at, self.head_at, self.config.dim
         if self.config.layout == "nnn":
             with loop("key", held) as j:
+                self._ask_for(self.k, lambda d: [b, first + i64(j + ROWS_AHEAD), h, i64(d)], dim)
                 self._copy_along(lambda d: [b, first + i64(j), h, i64(d)], j * self.words)
         else:
             whole = dim // self.depth
@@ -203,6 +208,8 @@ class AttentionPanels:
         whole = tirx.truncdiv(held, i32(depth)) if depth > 1 else held
         with loop("keys", whole) as j:
             rows = [row(j * depth + i) for i in range(depth)]
+            for i in range(depth):
+                self._ask_for(self.v, row(j * depth + ROWS_AHEAD + i), dim_v)
             self._copy_across(self.values_held, self.v, j * dim_v, rows, dim_v)
         begun = whole
         if depth > 1:
@@ -211,6 +218,13 @@ class AttentionPanels:
             begun = let("begun", tirx.truncdiv(held + (depth - 1), i32(depth)))
         with loop("at", (self.keys // depth - begun) * dim_v) as at:
             B.buffer_store(self.values_held, tirx.const(0, self.operands.dtype), [begun * dim_v + at])
+
+    def _ask_for(self, tensor: tirx.Buffer, row: Row, size: int) -> None:
+        """Prefetch a row, which beyond the end does nothing."""
+        line = LINE_BYTES * 8 // parse_format(str(tensor.dtype)).bits
+        for at in range(0, size, line):
+            address = B.address_of(tensor[tuple(row(i32(at)))])
+            B.evaluate(B.call_llvm_intrin("void", "llvm.prefetch.p0", address, 0, 3, 1))
 
     def _copy_along(self, row: Row, place: Expr) -> None:
         """A key as words."""
