@@ -17,6 +17,8 @@ ATTENTION_DTYPES = ("float16", "bfloat16", "float32")
 ATTENTION_LAYOUTS = ("nnn", "ntn")
 #: Largest dim and dim_v: a block of keys has to fit a cache.
 MAX_HEAD_DIM = 1024
+#: Times log2(e) a smaller softmax_scale is a number of float32.
+SCALE_LIMIT = 2.0**126
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class FlashAttenConfig:
     dim_v : int, optional
         Elements of a head of V and of the output, up to 1024; None means `dim`.
     softmax_scale : float, optional
-        What scores are multiplied by, a finite number; None means 1/√dim.
+        What scores are multiplied by, of a magnitude below 2^126; None means 1/√dim.
 
     Raises
     ------
@@ -99,8 +101,10 @@ class FlashAttenConfig:
         scale = self.softmax_scale
         if scale is None:
             return 1.0 / math.sqrt(dim)
-        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
-            raise ConfigError(f"softmax_scale is {scale!r}; it must be a finite number, or None for 1/√dim")
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) < SCALE_LIMIT:
+            raise ConfigError(
+                f"softmax_scale is {scale!r}; it must be a number of a magnitude below 2^126, or None for 1/√dim"
+            )
         return float(scale)
 
     def _checked_heads_kv(self) -> int | None:

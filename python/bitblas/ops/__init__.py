@@ -3,6 +3,7 @@
 import importlib
 
 from ..config import FlashAttenConfig, MatmulConfig
+from . import torch_attention  # noqa: F401 - so that a graph which was exported with it can be loaded
 from .matmul import Matmul
 
 #: Where the operators are that few need: `import bitblas` does without them.

@@ -345,10 +345,8 @@ def check_tensor(name: str, tensor: object, device: str = "cpu") -> None:
 
 def check_dense(name: str, tensor: object) -> None:
     """Raise ArgumentError unless `tensor` is a dense torch tensor with data, on any device."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    if tensor.layout is not torch.strided:
-        raise ArgumentError(f"{name} has layout {tensor.layout}; it must be a dense tensor")
+    check_kind(name, tensor)
+    assert isinstance(tensor, torch.Tensor)
     if isinstance(tensor, FakeTensor):
         raise ArgumentError(f"{name} is a FakeTensor; it must have data")
     if tensor.is_meta:
@@ -357,6 +355,16 @@ def check_dense(name: str, tensor: object) -> None:
         raise ArgumentError(f"{name} is a zero tensor without memory; clone() gives it some")
     if tensor.numel() and not tensor.untyped_storage().data_ptr():
         raise ArgumentError(f"{name} has no memory: its storage was freed")
+
+
+def check_kind(name: str, tensor: object) -> None:
+    """Raise ArgumentError unless `tensor` is a dense torch tensor, which may be without data, on any device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if tensor.layout is not torch.strided:
+        raise ArgumentError(f"{name} has layout {tensor.layout}; it must be a dense tensor")
+    if tensor.is_nested:
+        raise ArgumentError(f"{name} is a nested tensor; it must be a dense tensor")
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -12,15 +12,17 @@ from ..config import FlashAttenConfig
 from ..errors import ArgumentError
 from ..plan import AttentionPlan
 from ..target import Target
-from .arguments import PLAIN
+from .arguments import PLAIN, check_kind
 from .attention_arguments import AttentionDoor
 from .operator import Operator
 from .provider import Provided
 from .registry import announce, makers
-from .torch_attention import attention_spec
+from .torch_attention import NO_GRADIENT, attention_spec
 
 #: How many modes, such as those of fake tensors, see what torch dispatches: they may give tensors without memory.
 _num_modes = torch._C._len_torch_dispatch_stack
+#: The innermost transform of torch.func that is at work, or None; tensors inside of it have no memory that a kernel could read.
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 class FlashAtten(Operator):
@@ -122,15 +124,18 @@ class FlashAtten(Operator):
         BuildError, ArtifactError, UnsupportedError
             As for the constructor, by the first call of an operator that was made with `from_database=True`.
         """
-        if torch.compiler.is_compiling() or _num_modes() or profiler._is_profiler_enabled:
+        if (
+            torch.compiler.is_compiling()
+            or type(q) not in PLAIN
+            or type(k) not in PLAIN
+            or type(v) not in PLAIN
+            or _num_modes()
+            or _transforms() is not None
+            or profiler._is_profiler_enabled  # which is to see `bitblas::flash_atten`
+            or forward_ad._current_level >= 0
+            or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        ):
             return self._dispatch(q, k, v, output)
-        for tensor in (q, k, v):
-            if not isinstance(tensor, torch.Tensor):
-                break  # which the door tells
-            if type(tensor) not in PLAIN or (tensor.requires_grad and torch.is_grad_enabled()):
-                return self._dispatch(q, k, v, output)
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(q, k, v)
         return self.launch(q, k, v, output)
 
     __call__ = forward
@@ -138,19 +143,21 @@ class FlashAtten(Operator):
     def launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
         """`forward` for tensors that have data: without a gradient, and not traced."""
         sizes, operands, out = self._door.enter(q, k, v, output)
-        if sizes.seq_len_kv == 0 or self.config.dim_v == 0:
-            return out.zero_()
         if out.numel():
-            self._ready().launch(sizes.rows, operands, out)
+            if sizes.seq_len_kv == 0:
+                return out.zero_()
+            (self._kernels or self._provide()).launch(sizes.rows, operands, out)
         return out
 
     def _dispatch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
-        """By torch's dispatcher, for graphs, gradients and tensors of other classes."""
+        """By torch's dispatcher, for graphs, gradients, transforms and tensors of other classes."""
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(tensor, torch.Tensor):
-                raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+            check_kind(name, tensor)
+        if not torch.compiler.is_compiling():
+            _refuse_derivatives(q, k, v)
         if output is None:
             return torch.ops.bitblas.flash_atten(q, k, v, self._spec)
+        check_kind("output", output)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ArgumentError(
                 "output was given, and q, k or v requires a gradient; give no output, or use torch.no_grad()"
@@ -159,10 +166,17 @@ class FlashAtten(Operator):
         return output
 
 
-def _refuse_tangents(*tensors: torch.Tensor) -> None:
-    """Torch would drop them without a word."""
-    if any(isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise ArgumentError("an operand has a tangent (forward-mode derivatives, torch.func.jvp); FlashAtten has none")
+def _refuse_derivatives(*tensors: torch.Tensor) -> None:
+    """Torch would drop a tangent without a word, and says something else of what torch.func differentiates."""
+    for tensor in tensors:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ArgumentError(
+                "an operand has a tangent (forward-mode derivatives, torch.func.jvp); FlashAtten has no derivatives"
+            )
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if torch.is_grad_enabled() and tensor.requires_grad:
+                raise ArgumentError(NO_GRADIENT)
+            tensor = torch._C._functorch.get_unwrapped(tensor)
 
 
 def _make_operator(fields: Mapping[str, Any], target: Target) -> FlashAtten:

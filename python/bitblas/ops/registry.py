@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from weakref import WeakValueDictionary
 
 from ..target import Target
 
-#: What makes an operator of the fields of its text, by the kind that they name.
+#: What makes an operator of the fields of its text, by the kind that they name: the module which adds itself here.
 makers: dict[str, Callable[[Mapping[str, Any], Target], Any]] = {}
 
 #: Operators that are alive, by text; the latest of several.
@@ -42,5 +43,8 @@ def find_operator(spec: str) -> Any:
     if found is None:
         fields = json.loads(spec)
         target = Target(**{**fields["target"], "mattr": tuple(fields["target"]["mattr"])})
-        found = _made[spec] = makers[fields["operator"]](fields, target)
+        kind = fields["operator"]
+        if kind not in makers:
+            importlib.import_module(f".{kind}", __package__)
+        found = _made[spec] = makers[kind](fields, target)
     return found

@@ -15,6 +15,11 @@ from .attention_arguments import check_operands, check_output
 from .registry import find_operator, write_spec
 
 _DEVICES = ("cpu", "cuda")
+#: What whoever asks for a gradient is told.
+NO_GRADIENT = (
+    "FlashAtten has no gradient: it is for inference. Call it under torch.no_grad(), or train with "
+    "torch.nn.functional.scaled_dot_product_attention"
+)
 
 
 def attention_spec(config: FlashAttenConfig, target: Target) -> str:
@@ -54,10 +59,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise ArgumentError(
-        "FlashAtten has no gradient: it is for inference. Call it under torch.no_grad(), or train with "
-        "torch.nn.functional.scaled_dot_product_attention"
-    )
+    raise ArgumentError(NO_GRADIENT)
 
 
 def _define() -> None:
