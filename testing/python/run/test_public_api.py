@@ -10,6 +10,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+import attention_reference
 import bitblas
 import reference
 from bitblas import ArgumentError, Matmul, MatmulConfig, tuner
@@ -59,6 +60,32 @@ def right(op, m=3, **options):
     problem = reference.draw(op.config, m, **options)
     reference.assert_close(op(problem.A, op.transform_weight(problem.weights), **problem.extras), problem)
     return True
+
+
+# -- names that are loaded when they are touched -----------------------------------------------------------------------------
+
+
+def test_attention_is_loaded_when_it_is_touched():
+    script = (
+        "import json, sys, bitblas\nbefore = 'bitblas.ops.attention' in sys.modules\nbitblas.FlashAttenConfig(1, 8, 128, 64)\n"
+        "op = bitblas.FlashAtten\nfrom bitblas.ops import FlashAtten, FlashAttenConfig\nimport torch\n"
+        "print(json.dumps([before, op is FlashAtten, FlashAttenConfig is bitblas.FlashAttenConfig, 'tvm' in sys.modules, "
+        "hasattr(torch.ops.bitblas, 'flash_atten')]))"
+    )
+    assert report(script) == ([False, True, True, False, True], [])
+
+
+def test_attention_by_position():
+    """As upstream: a config, then by name."""
+    config = bitblas.FlashAttenConfig(1, 4, 16, 16, "float16", "float16", "float16", "float32", "float16", "nnn", True)
+    parameters = inspect.signature(bitblas.FlashAtten).parameters
+    assert list(parameters) == ["config", "name", "target", "enable_tuning", "from_database", "backend"]
+    op = bitblas.FlashAtten(config=config, enable_tuning=False, backend="tl")
+    q, k, v = (torch.randn(1, 16, 4, 16).half() for _ in range(3))
+    problem = attention_reference.Problem(config, q, k, v)
+    attention_reference.assert_close(op(q, k, v), problem)
+    attention_reference.assert_close(op(q, k, v, output=torch.empty_like(q)), problem)
+    attention_reference.assert_close(op(q, k, v, torch.empty_like(q)), problem)
 
 
 # -- MatmulConfig ----------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ import torch
 
 import bitblas
 import reference
-from bitblas import ConfigError, Matmul, MatmulConfig, UnsupportedError
+from bitblas import ConfigError, FlashAtten, FlashAttenConfig, Matmul, MatmulConfig, UnsupportedError
 from bitblas.config import A_DTYPES, ACCUM_DTYPES, LAYOUTS, OUT_DTYPES, ZEROS_MODES
 from bitblas.formats import ALIASES, FORMATS
+from bitblas.ops.operator import Operator
 from bitblas.plan import plan_matmul
 from bitblas.target import Target, host_target, resolve_target
 from documents import PROGRAMS, PYTHON, ROOT, SIGNATURE, blocks, cells, rows_between
@@ -30,6 +31,8 @@ TEXT = DOCUMENT.read_text(encoding="utf-8")
 PUBLIC = {
     "bitblas.MatmulConfig": ["bitblas.ops", "bitblas.ops.general_matmul"],
     "bitblas.Matmul": ["bitblas.ops", "bitblas.ops.general_matmul"],
+    "bitblas.FlashAttenConfig": ["bitblas.ops", "bitblas.config"],
+    "bitblas.FlashAtten": ["bitblas.ops", "bitblas.ops.attention"],
     "bitblas.Linear": ["bitblas.module", "bitblas.nn"],
     "bitblas.quantize_": ["bitblas.nn"],
     "bitblas.BitLinear": ["bitblas.module", "bitblas.nn"],
@@ -86,6 +89,7 @@ PLAIN = {
 #: Each class beside the attributes that its objects get when they are made.
 DOORS = {
     "bitblas.Matmul": ("config", "name", "backend", "target", "plan"),
+    "bitblas.FlashAtten": ("config", "name", "backend", "target", "plan"),
     "bitblas.Linear": (),
     "bitblas.BitLinear": (),
     "bitblas.ops.MatmulWithSplitK": (),
@@ -179,6 +183,8 @@ def test_every_member_is_mentioned(path):
     kind = resolve(path)
     own = [name for name in dir(kind) if not name.startswith("_") and name not in ("config_class", "default_name")]
     inherited = dir(Matmul) if kind is not Matmul and issubclass(kind, Matmul) else ()
+    if kind is FlashAtten:  # a sentence names what all operators have, and Matmul's section describes that
+        inherited = [name for name in dir(Operator) if inspect.isfunction(getattr(Operator, name))]
     if issubclass(kind, torch.nn.Module):
         inherited = dir(torch.nn.Module)
     if hasattr(kind, "config_class"):  # a sentence says that the fields of its config are attributes
@@ -194,21 +200,29 @@ def test_every_member_is_mentioned(path):
 def test_an_operator_has_no_other_attributes():
     for path, op in {
         "bitblas.Matmul": Matmul(MatmulConfig(1, 16, 16), from_database=True),
+        "bitblas.FlashAtten": FlashAtten(FlashAttenConfig(dim=16), from_database=True),
         "bitblas.ops.QuantCompress": bitblas.ops.QuantCompress(bitblas.ops.QuantCompressConfig(1, 16)),
     }.items():
         assert {name for name in vars(op) if not name.startswith("_")} == set(DOORS[path])
 
 
-def test_the_fields_of_a_config():
-    defaults = {name.strip("`"): default.strip("`") for name, default, _ in table_below("MatmulConfig")}
-    actual = inspect.signature(MatmulConfig).parameters.values()
+@pytest.mark.parametrize(
+    ("kind", "required", "right"),
+    [(MatmulConfig, ("N", "K"), {"N": 8, "K": 8}), (FlashAttenConfig, ("dim",), {"dim": 8})],
+)
+def test_the_fields_of_a_config(kind, required, right):
+    defaults = {}
+    for names, default, _ in table_below(kind.__name__):
+        defaults |= dict.fromkeys(re.findall(r"`(\w+)`", names), default.strip("`"))
+    actual = inspect.signature(kind).parameters.values()
     assert list(defaults) == [parameter.name for parameter in actual]
     for parameter in actual:
-        if parameter.name not in ("N", "K"):
+        if parameter.name not in required:
             assert eval(defaults[parameter.name]) == parameter.default, parameter.name
-    for missing in ({"N": 8}, {"K": 8}):
+    kind(**right)
+    for missing in required:
         with pytest.raises(ConfigError):
-            MatmulConfig(**missing)
+            kind(**{name: value for name, value in right.items() if name != missing})
 
 
 def test_hints_are_the_fields_that_are_not_compared():

@@ -42,3 +42,11 @@ def test_a_ternary_net(tmp_path):
     printed = run("ternary.py", tmp_path)
     assert "1.09 MB -> 0.07 MB" in printed
     assert "the same outputs" in printed
+
+
+@pytest.mark.slow
+def test_attention(tmp_path):
+    for origin in ("compiled", "loaded"):
+        printed = run("attention.py", tmp_path)
+        assert f"kernels {origin}" in printed
+        assert ": right" in printed

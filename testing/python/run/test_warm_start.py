@@ -30,6 +30,15 @@ out = op(a, op.transform_weight(codes))
 assert torch.equal(out.double(), a.double() @ codes.double().T)
 report = {{"origin": op.origin, "tvm": "tvm" in sys.modules}}
 """
+#: The same for an attention: weights add up to one, so that a column of equal values comes back.
+ATTENTION = """
+import json, sys
+import torch, bitblas
+op = bitblas.FlashAtten(bitblas.FlashAttenConfig(2, 4, 8, 16, is_causal=True))
+q, k, v = torch.randn(2, 8, 4, 16).half(), torch.randn(2, 8, 4, 16).half(), torch.arange(16).half().expand(2, 8, 4, 16)
+assert torch.equal(op(q, k, v), v)
+report = {"origin": op.origin, "tvm": "tvm" in sys.modules}
+"""
 TELL = "\nprint(json.dumps(report))\n"
 
 
@@ -54,15 +63,31 @@ def build(directory):
         return bitblas.Matmul(eval(CONFIG, {"bitblas": bitblas}))
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """A store that holds the operator of `PROGRAM`."""
+def fill(tmp_path_factory, construct):
+    """A new store that holds what `construct` builds there."""
     if find_compiler() is None:
         pytest.skip("there is no C compiler to fill a store with")
     directory = tmp_path_factory.mktemp("warm")
     directory.chmod(0o700)
-    assert build(directory).origin == "compiled"
+    assert construct(directory).origin == "compiled"
     return directory
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A store that holds the operator of `PROGRAM`."""
+    return fill(tmp_path_factory, build)
+
+
+@pytest.fixture(scope="module")
+def warm_attention(tmp_path_factory):
+    """A store that holds the operator of `ATTENTION`."""
+
+    def construct(directory):
+        with env.scope(BITBLAS_CACHE_DIR=directory):
+            return bitblas.FlashAtten(bitblas.FlashAttenConfig(2, 4, 8, 16, is_causal=True))
+
+    return fill(tmp_path_factory, construct)
 
 
 def libraries(directory):
@@ -118,6 +143,16 @@ def test_a_warm_process_needs_no_tvm_and_no_compiler(warm):
     assert warnings == []
 
 
+def test_attention_in_a_warm_process(warm_attention):
+    """No TVM, no compiler, nothing started and nothing written."""
+    files = {path: path.stat().st_mtime_ns for path in warm_attention.rglob("*")}
+    script = WATCH + ATTENTION + "\nreport['events'] = [e for e in events if 'to write' in e or 'Popen' in e]"
+    found, warnings = report(script + TELL, BITBLAS_CACHE_DIR=warm_attention, PATH="", PYTHONDONTWRITEBYTECODE=1)
+    assert found == {"origin": "loaded", "tvm": False, "events": []}
+    assert warnings == []
+    assert {path: path.stat().st_mtime_ns for path in warm_attention.rglob("*")} == files
+
+
 def test_a_warm_process_where_tvm_cannot_be_imported(warm):
     script = "import sys\nsys.modules['tvm'] = None\n" + PROGRAM.replace('"tvm" in sys.modules', "False")
     assert report(script + TELL, BITBLAS_CACHE_DIR=warm, PATH="")[0]["origin"] == "loaded"
@@ -150,6 +185,13 @@ def test_without_a_compiler_it_works_in_memory_with_one_warning(tmp_path):
     assert "gcc" in warnings[0]
     assert "BITBLAS_CC" in warnings[0]
     assert libraries(tmp_path / "cold") == []
+
+
+def test_attention_without_a_compiler(tmp_path):
+    found, warnings = report(ATTENTION + TELL, BITBLAS_CACHE_DIR=tmp_path / "cold", PATH="", BITBLAS_CC=None)
+    assert found == {"origin": "in memory", "tvm": True}
+    assert len(warnings) == 1
+    assert "C compiler" in warnings[0]
 
 
 def test_a_compiler_that_is_named_and_missing_is_an_error(tmp_path):
@@ -271,6 +313,16 @@ def test_a_read_only_disk(warm, tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert_falls_back(disk / "cold")
         found, warnings = report(PROGRAM + TELL, BITBLAS_CACHE_DIR=disk / "warm", PATH="")
+        assert found == {"origin": "loaded", "tvm": False}
+        assert warnings == []
+
+
+def test_attention_on_a_read_only_disk(warm_attention, tmp_path):
+    with tmpfs(tmp_path / "disk", "16m") as disk:
+        shutil.copytree(warm_attention, disk / "warm", symlinks=True)
+        (disk / "warm").chmod(0o700)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        found, warnings = report(ATTENTION + TELL, BITBLAS_CACHE_DIR=disk / "warm", PATH="")
         assert found == {"origin": "loaded", "tvm": False}
         assert warnings == []
 
