@@ -33,6 +33,8 @@ NOT_ON_CARDS = {
     "test_docs.py": "the documents are about any machine",
     "test_dynamic_quantization.py::test_what_is_quantized_exactly_is_bit_equal_to_int8": "int8 goes to tensor cores there, "
     "whose sums are scaled in another order",
+    "test_flash_atten.py::test_addresses_beyond_32_bits": "4 GB would go there and back",
+    "test_flash_atten_calls.py": "what is wrong is refused before a kernel runs; processes are for this CPU",
     "test_float_activations.py::test_slices_keep_what_float32_sums_keep": "slices are for CPUs with VNNI",
     "test_float_activations.py::test_pairs_of_bfloat16_are_exact_but_for_the_sums": "pairs are for CPUs with AVX512-BF16",
     "test_integration_bitnet_layers.py": "layers follow their tensors, which are on the CPU",
@@ -76,6 +78,7 @@ NOT_ON_CARDS = {
 #: What the emulator leaves out besides: it has no time, and children that measure have no emulator.
 NOT_EMULATED = {
     "test_dynamic_quantization.py::test_tuning",
+    "test_flash_atten.py",
     "test_operator.py::test_latency_is_measured_in_milliseconds",
     "test_public_api.py::test_enable_tuning_takes_a_record_and_never_measures",
     "test_public_api.py::test_tuning_of_a_tiny_operator",
@@ -108,7 +111,7 @@ def why_not(path: str, name: str, parameters: dict[str, object]) -> str | None:
         What it is parametrised by.
     """
     reason = NOT_ON_CARDS.get(path) or NOT_ON_CARDS.get(f"{path}::{name}")
-    if _current[0] == "emulated" and f"{path}::{name}" in NOT_EMULATED:
+    if _current[0] == "emulated" and not NOT_EMULATED.isdisjoint((path, f"{path}::{name}")):
         reason = "takes time, which the emulator has not"
     if reason is None and any(parameters.get(key) not in _THIS_MACHINE for key in _TARGETS):
         reason = "is for another CPU"
@@ -199,7 +202,8 @@ def install(device: str, targets: Iterable[object] = _THIS_MACHINE) -> None:
         emulate(setattr)
         return
     place = torch.device("cuda" if device == "cuda" else "cpu")
-    bitblas.Matmul.forward = bitblas.Matmul.__call__ = mirrored_call(bitblas.Matmul.forward, place)
+    for kind in (bitblas.Matmul, bitblas.FlashAtten):
+        kind.forward = kind.__call__ = mirrored_call(kind.forward, place)
 
 
 def _redirect(names: tuple[object, ...], card: str) -> None:
