@@ -228,3 +228,45 @@ def test_configs_that_differ_in_keys_alone_are_saved_apart(store, tmp_path):
     for config in (small(), small(seq_len_kv=None), small(seq_len_kv=7)):
         assert loaded.get(config).config == config
     assert_right(loaded.get(small(seq_len_kv=None)))
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_for_attentions(store, tmp_path, capsys):
+    """Tuned, and put into a bundle with the record and the kernels that it chose."""
+    out, bundle = tmp_path / "record.json", tmp_path / "attention.tar"
+    which = ["--attention", "8", "--dim-v", "16", "--dtype", "float32", "--causal", "--k-layout", "ntn"]
+    assert cli.main(["tune", *which, "--topk", "1", "--seconds", "300", "--serial", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    config = FlashAttenConfig(dim=8, dim_v=16, layout="ntn", is_causal=True, **FLOAT)
+    assert printed.startswith("attention float32 -> float32, dim=8 dim_v=16, causal, K transposed; llvm")
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["rows", "default", "us", "tuned", "us", "times", "as", "fast", "tried", "lost", "tiling"] in lines
+    assert [line[0] for line in lines if line[-1:] == ["default"]] == [str(m) for m in config.buckets]
+    record = json.loads(out.read_text())
+    assert tuner.read_record(config, host_target()) == record
+    assert cli.main(["cache", "export", str(bundle), *which, "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert (len(exported["operators"]), exported["tuning"]) == (1, 1)
+    assert FlashAtten(config, enable_tuning=True).artifact.key == exported["operators"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "--causal"], "--causal is of attentions: give --attention DIM as well"),
+        (["tune", "--dim-v", "8"], "--dim-v is of attentions"),
+        (["tune", "--attention", "8", "--M", "1"], "--M is of matmuls"),
+        (["tune", "--attention", "2000"], "dim is 2000; it must be at most 1024"),
+        (["cache", "export", "x.tar", "--attention", "8", "--all"], "say what to export, one of"),
+        (["cache", "export", "x.tar", "--dtype", "float32", "--all"], "--dtype is of attentions"),
+    ],
+)
+def test_impossible_requests_are_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert message in output.err
+    assert output.err.count("\n") == 1
