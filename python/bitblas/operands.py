@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ MIN_SECONDS, MIN_CALLS = 0.05, 5
 ROTATED_BYTES = 256 << 20
 #: An attention is measured with so many keys at least, and so many heads.
 LEAST_KEYS, LEAST_HEADS = 1024, 8
-_SIZES = tuple(field.name for field in fields(Sizes))
+#: On cards kernels of an attention may read so many bytes at once: rows of its operands begin at multiples of them.
+_ROW_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class Call:
 
     def to(self, device: torch.device) -> Call:
         """The same on a device."""
-        return replace(self, inputs=tuple(t.to(device) for t in self.inputs), out=self.out.to(device))
+        return replace(self, inputs=tuple(_copy(t, device) for t in self.inputs), out=self.out.to(device))
+
+
+def _copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy with the same strides."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 def draw_call(problem: Problem | AttentionProblem) -> Call:
@@ -85,20 +91,20 @@ def choose_sizes(config: FlashAttenConfig, target: Target, wanted: Mapping[str, 
         A name or a size is not allowed, or contradicts the config.
     """
     for name, value in wanted.items():
-        if name not in _SIZES:
-            raise ArgumentError(f"{name!r} is no size of an attention; allowed: {', '.join(_SIZES)}")
+        if name not in Sizes._fields:
+            raise ArgumentError(f"{name!r} is no size of an attention; allowed: {', '.join(Sizes._fields)}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
         given = getattr(config, name)
         if given not in (None, value):
             raise ArgumentError(f"{name} is {value}; this operator was built for {name} = {given}")
-    known: dict[str, Any] = {name: wanted.get(name) or getattr(config, name) for name in _SIZES}
+    known: dict[str, Any] = {name: wanted.get(name) or getattr(config, name) for name in Sizes._fields}
     usual = usual_sizes(target, known["seq_len"] or QUERY_BUCKETS[-1])
     heads = known["heads"] or usual.heads
     known["heads_kv"] = known["heads_kv"] or heads
     if heads % known["heads_kv"]:
         raise ArgumentError(f"heads_kv is {known['heads_kv']}; it must be a divisor of heads = {heads}")
-    return replace(usual, **{name: value for name, value in known.items() if value is not None})
+    return usual._replace(**{name: value for name, value in known.items() if value is not None})
 
 
 def _draw_attention(config: FlashAttenConfig, sizes: Sizes) -> Call:
@@ -108,9 +114,17 @@ def _draw_attention(config: FlashAttenConfig, sizes: Sizes) -> Call:
         (sizes.k_shape(config), config.K_dtype),
         (sizes.v_shape(config), config.V_dtype),
     )
-    inputs = (torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for shape, dtype in operands)
+    inputs = (_draw_rows(shape, getattr(torch, dtype), generator) for shape, dtype in operands)
     out = torch.empty(sizes.output_shape(config), dtype=getattr(torch, config.Out_dtype))
     return Call(sizes.rows, tuple(inputs), slice(1, 3), out)
+
+
+def _draw_rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Normal numbers, the rows along the last dimension as far apart as `_ROW_BYTES` asks."""
+    *others, length = shape
+    step = _ROW_BYTES // dtype.itemsize
+    held = torch.zeros(*others, -(-length // step) * step, dtype=dtype)
+    return held[..., :length].copy_(torch.randn(shape, generator=generator))
 
 
 def _draw_matmul(config: MatmulConfig, layout: PackedLayout, m: int) -> Call:
@@ -162,7 +176,7 @@ class Operands:
         read = call.inputs[call.from_memory]
         size = sum(tensor.numel() * tensor.element_size() for tensor in read)
         count = num_copies(size, max(ROTATED_BYTES, 2 * (cache or 0)), cache)
-        self.copies = [read, *(tuple(tensor.clone() for tensor in read) for _ in range(count - 1))]
+        self.copies = [read, *(tuple(_copy(tensor, tensor.device) for tensor in read) for _ in range(count - 1))]
         self.out = call.out
         self._calls = 0
 

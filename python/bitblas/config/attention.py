@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import NamedTuple
 
 from ..errors import ConfigError
 from .checks import check_dtype_name, check_flag, check_size, json_fields
@@ -19,8 +20,7 @@ ATTENTION_LAYOUTS = ("nnn", "ntn")
 MAX_HEAD_DIM = 1024
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """The sizes of a call."""
 
     batch: int

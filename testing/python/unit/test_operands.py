@@ -44,6 +44,21 @@ def test_operands_of_an_attention(layout):
     )
 
 
+@pytest.mark.parametrize(("dtype", "step"), [("float16", 8), ("float32", 4)])
+def test_rows_are_aligned_wherever_they_are(dtype, step):
+    """As kernels for cards take them; on the device, and in each of the copies, too."""
+    config = FlashAttenConfig(dim=5, dim_v=9, layout="ntn", **dict.fromkeys(DTYPES, dtype))
+    call = draw_attention(config, Sizes(2, 2, 2, 3, 7))
+    for found in (call, call.to(torch.device("cpu")), call.to(torch.device("meta"))):
+        for tensor in found.inputs:
+            assert tensor.stride(3) == 1
+            assert all(stride % step == 0 for stride in tensor.stride()[:3])
+    assert all(torch.equal(a, b) for a, b in zip(call.inputs, call.to(torch.device("cpu")).inputs, strict=True))
+    for copy in operands.Operands(call, cache=16 << 20).copies[:3]:
+        assert [tensor.stride() for tensor in copy] == [tensor.stride() for tensor in call.inputs[1:]]
+    assert call.out.is_contiguous()
+
+
 def test_a_bucket_is_measured_with_heads_for_all_threads():
     assert usual_sizes(TARGET, 16) == Sizes(1, 9, 9, 16, 1024)  # a multiple of three threads
     assert usual_sizes(TARGET, 4000) == Sizes(1, 9, 9, 4000, 4000)
