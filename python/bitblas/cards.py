@@ -9,12 +9,11 @@ from typing import Protocol
 
 import torch
 
-from . import measuring
-from .config import MatmulConfig
+from . import operands
 from .errors import UnsupportedError
-from .layout import PackedLayout
 from .machines import Card
-from .measuring import LEAST_CALLS, MIN_CALLS, MIN_SECONDS, TURN_CALLS, TURN_SECONDS, Operands
+from .measuring import LEAST_CALLS, TURN_CALLS, TURN_SECONDS
+from .operands import MIN_CALLS, MIN_SECONDS, Call, Operands
 from .runtime import Kernels
 from .target import Target, device_arch, runs_on
 
@@ -154,15 +153,8 @@ def take_batches(batch: Batch, least: int = LEAST_CALLS, seconds: float = TURN_S
     return taken
 
 
-def time_on(
-    target: Target,
-    kernels: Kernels,
-    config: MatmulConfig,
-    layout: PackedLayout,
-    m: int,
-    stopwatch: Stopwatch | None = None,
-) -> float:
-    """Median seconds of a call with `m` rows where the kernels run: on a card without what a call costs the host.
+def time_on(target: Target, kernels: Kernels, call: Call, stopwatch: Stopwatch | None = None) -> float:
+    """Median seconds of a call where the kernels run: on a card without what a call costs the host.
 
     Parameters
     ----------
@@ -175,10 +167,8 @@ def time_on(
         No device of this machine runs code for the target.
     """
     if target.kind != "cuda":
-        return measuring.time_kernels(kernels, config, layout, m)
+        return operands.time_kernels(kernels, call)
     device = device_of(target) if stopwatch is None else torch.device("cpu")
-    operands = Operands(config, layout, m, device, cache_bytes_of(target))
-    batch = batch_of(
-        stopwatch or CardClock(device), lambda index: operands.launch(kernels, index), len(operands.weights)
-    )
+    held = Operands(call.to(device), cache_bytes_of(target))
+    batch = batch_of(stopwatch or CardClock(device), lambda index: held.launch(kernels, index), len(held.copies))
     return statistics.median(take_batches(batch, MIN_CALLS, MIN_SECONDS))

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Config, FlashAttenConfig, MatmulConfig
+from .config import ATTENTION, Config, FlashAttenConfig, MatmulConfig, config_fields
 from .errors import UnsupportedError
 from .layout import PackedLayout
 from .schedule import RULES, AttentionProblem, Problem, Tiling, native_layout, read_tiling, select_rule
-from .schedule.rule import ATTENTION
 from .target import Target
 
 #: Kernels index weights with 32 bits.
@@ -53,8 +52,9 @@ class KernelPlan:
 
 
 class Plan:
-    """What all plans have: fields of the frozen dataclasses that derive from it."""
+    """What all plans have: fields of the frozen dataclasses that derive from it; `config` is that of the kernels."""
 
+    config: Config
     target: Target
     kernels: tuple[KernelPlan, ...]
 
@@ -67,6 +67,19 @@ class Plan:
     def buckets(self) -> list[tuple[int, str]]:
         """(bucket, kernel name), ascending: m takes the first bucket that is not smaller, beyond them the last."""
         return sorted((m, kernel.name) for kernel in self.kernels for m in kernel.buckets)
+
+    def problem_of(self, m: int) -> Problem | AttentionProblem:
+        """What the kernels do for `m` rows."""
+        raise NotImplementedError
+
+    def problem(self, kernel: KernelPlan) -> Problem | AttentionProblem:
+        """The problem that a kernel was planned for: its largest bucket."""
+        return self.problem_of(kernel.buckets[-1])
+
+    def describe(self) -> str:
+        """What is computed, for which buckets, and by which instructions: for messages."""
+        buckets = ", ".join(str(m) for m, _ in self.buckets)
+        return f"{self.config.describe()} for buckets {buckets} on {self.target.isa}"
 
 
 @dataclass(frozen=True)
@@ -81,31 +94,18 @@ class MatmulPlan(Plan):
     layout: PackedLayout
     kernels: tuple[KernelPlan, ...]
 
-    def problem(self, kernel: KernelPlan) -> Problem:
-        """The problem that a kernel was planned for: its largest bucket."""
-        return Problem(self.config, self.layout, self.target, kernel.buckets[-1])
+    def problem_of(self, m: int) -> Problem:
+        """See `Plan`."""
+        return Problem(self.config, self.layout, self.target, m)
 
     def fields(self) -> dict[str, object]:
         """All that decides about the library's bytes, apart from versions, as JSON values."""
         return {
-            "config": self.config.fields(),
+            **config_fields(self.config),
             "target": self.target.fields(),
             "layout": self.layout.name,
             "kernels": [kernel.fields() for kernel in self.kernels],
         }
-
-    def describe(self) -> str:
-        """What is computed, for which buckets, and by which instructions: for messages."""
-        config, buckets = self.config, ", ".join(str(m) for m, _ in self.buckets)
-        details = [f"N={config.N} K={config.K}"]
-        details += [f"groups of {config.group}"] if config.is_grouped and config.num_groups > 1 else []
-        details += [f"{config.zeros_mode} zeros"] if config.with_zeros else []
-        details += ["bias"] if config.with_bias else []
-        details += [f"activations quantized by {config.dynamic_quantization}"] if config.dynamic_quantization else []
-        return (
-            f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, {', '.join(details)} for buckets {buckets} on "
-            f"{self.target.isa}"
-        )
 
 
 @dataclass(frozen=True)
@@ -119,32 +119,17 @@ class AttentionPlan(Plan):
     target: Target
     kernels: tuple[KernelPlan, ...]
 
-    def problem(self, kernel: KernelPlan) -> AttentionProblem:
-        """The problem that a kernel was planned for: its largest bucket."""
-        return AttentionProblem(self.config, self.target, kernel.buckets[-1])
+    def problem_of(self, m: int) -> AttentionProblem:
+        """See `Plan`."""
+        return AttentionProblem(self.config, self.target, m)
 
     def fields(self) -> dict[str, object]:
         """All that decides about the library's bytes, apart from versions, as JSON values."""
         return {
-            "operator": ATTENTION,
-            "config": self.config.fields(),
+            **config_fields(self.config),
             "target": self.target.fields(),
             "kernels": [kernel.fields() for kernel in self.kernels],
         }
-
-    def describe(self) -> str:
-        """What is computed, for which buckets, and by which instructions: for messages."""
-        config, buckets = self.config, ", ".join(str(m) for m, _ in self.buckets)
-        dims = f"dim={config.dim}" + (f" dim_v={config.dim_v}" if config.dim_v != config.dim else "")
-        details = [
-            dims,
-            *(["causal"] if config.is_causal else []),
-            *(["K transposed"] if config.layout == "ntn" else []),
-        ]
-        dtypes = "/".join(dict.fromkeys((config.Q_dtype, config.K_dtype, config.V_dtype)))
-        return (
-            f"attention {dtypes} -> {config.Out_dtype}, {', '.join(details)} for buckets {buckets} on {self.target.isa}"
-        )
 
 
 def plan_matmul(config: MatmulConfig, target: Target, tuned: Mapping[int, Tiling] | None = None) -> MatmulPlan:
@@ -202,6 +187,13 @@ def make_plan(config: Config, target: Target, tuned: Mapping[int, Tiling] | None
 
 
 AnyPlan = MatmulPlan | AttentionPlan
+
+
+def plan_problem(problem: Problem | AttentionProblem, kernel: KernelPlan) -> AnyPlan:
+    """The plan of a problem that is solved by one kernel."""
+    if isinstance(problem, AttentionProblem):
+        return AttentionPlan(problem.config, problem.target, (kernel,))
+    return MatmulPlan(problem.config, problem.target, problem.layout, (kernel,))
 
 
 def _check_card(target: Target) -> None:

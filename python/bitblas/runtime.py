@@ -18,7 +18,7 @@ from .config import MatmulConfig
 from .cuda.compile import load_cubin
 from .cuda.dense import DenseMatmul
 from .cuda.workspaces import workspaces
-from .plan import AnyPlan, AttentionPlan, KernelPlan, MatmulPlan
+from .plan import AnyPlan, AttentionPlan, KernelPlan
 from .schedule import MatmulTiling
 from .schedule.cuda.dense import DenseTiling, is_dense
 
@@ -144,18 +144,20 @@ def tiling_of(kernel: KernelPlan) -> MatmulTiling:
     return kernel.tiling
 
 
-def slab_rows(plan: MatmulPlan, kernel: KernelPlan) -> int:
+def slab_rows(plan: AnyPlan, kernel: KernelPlan) -> int:
     """Rows that one launch of a kernel computes at most."""
+    if isinstance(plan, AttentionPlan):  # which index with 64 bits
+        return sys.maxsize
     tiling = tiling_of(kernel)
     indexable = max(1, MAX_ELEMENTS // tiling.row_elements(plan.config, plan.layout) - tiling.block_m)
     return min(tiling.most_rows or indexable, indexable)
 
 
 def _kernels(module: object, plan: AnyPlan) -> Kernels:
-    if isinstance(plan, AttentionPlan):  # which index with 64 bits
-        return Kernels(module, [(m, name, sys.maxsize) for m, name in plan.buckets])
     kernels = {kernel.name: kernel for kernel in plan.kernels}
     slabs = {name: slab_rows(plan, kernel) for name, kernel in kernels.items()}
+    if isinstance(plan, AttentionPlan):
+        return Kernels(module, [(m, name, slabs[name]) for m, name in plan.buckets])
 
     def dress(name: str, function: Callable[..., None]) -> Callable[..., None]:
         tiling = tiling_of(kernels[name])

@@ -27,6 +27,7 @@ EMULATED = "cuda -arch=sm_80"
 
 #: Files, or tests of them, that are not run on cards, and why.
 NOT_ON_CARDS = {
+    "test_attention_tuning.py": "names tilings of CPUs; test_cards.py has the clock of cards",
     "test_bitlinear.py": "layers follow their tensors, which are on the CPU",
     "test_cache_cli.py": "starts processes, which are for this CPU",
     "test_cli.py": "the commands have tests of their own",

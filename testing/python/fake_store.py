@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from bitblas import MatmulConfig, tuner
+from bitblas import FlashAttenConfig, MatmulConfig, tuner
 from bitblas.artifacts import ArtifactStore
 from bitblas.build import LIBRARY, toolchain
 from bitblas.ops.provider import plan_key
-from bitblas.plan import plan_matmul
-from bitblas.schedule import RULES, Problem, native_layout
+from bitblas.plan import make_plan
+from bitblas.schedule import RULES
 from bitblas.target import resolve_target
 
 TARGET = resolve_target("x86-64-v3")
@@ -19,6 +19,11 @@ def config(N=64, **options):
     return MatmulConfig(**{"M": [1, 16], "N": N, "K": 64, "W_dtype": "uint4", **options})
 
 
+def attention(**options):
+    """An attention; its kernels are for any number of heads."""
+    return FlashAttenConfig(**{"heads": 8, "dim": 64, **options})
+
+
 def files(key):
     """The files of an operator."""
     return {LIBRARY: bytes.fromhex(key) * 40, "kernel.ll": b"; " + key.encode(), "schedule.py": b"# none"}
@@ -26,7 +31,7 @@ def files(key):
 
 def put(root, cfg=None, target=TARGET, tuned=None, **versions):
     """Put an operator into the store in `root`, made by the versions that are here, or others; return its artifact."""
-    plan = plan_matmul(cfg or config(), target, tuned)
+    plan = make_plan(cfg or config(), target, tuned)
     made = {**toolchain(), **versions}
     key = plan_key(plan) if not versions else _key_of(plan, made)
 
@@ -47,12 +52,12 @@ def _key_of(plan, made):
 
 def other_tilings(cfg, target=TARGET):
     """Tilings that are offered beside the defaults, by bucket."""
-    plan = plan_matmul(cfg, target)
+    plan = make_plan(cfg, target)
     found = {}
     for kernel in plan.kernels:
         (rule,) = [rule for rule in RULES if rule.name == kernel.rule]
         for m in kernel.buckets:
-            offered = rule.tilings(Problem(plan.config, native_layout(cfg, target), target, m))
+            offered = rule.tilings(plan.problem_of(m))
             found[m] = next(tiling for tiling in offered if tiling != kernel.tiling)
     return found
 

@@ -22,11 +22,11 @@ from typing import IO, Any
 from ..artifacts import Artifact, artifact_key
 from ..artifacts.record import MANIFEST
 from ..build import differences, is_usable, toolchain
-from ..config import MatmulConfig
+from ..config import Config
 from ..errors import ArgumentError, ArtifactError
 from ..logs import get_logger, tracked
 from ..ops.provider import build, store
-from ..plan import MatmulPlan, plan_matmul
+from ..plan import AnyPlan, make_plan
 from ..target import Target, resolve_target
 from ..tuner.record import choices, find_record, read_record
 from .inventory import take_inventory
@@ -71,7 +71,7 @@ class Exported:
 
 
 def export_bundle(
-    path: str | os.PathLike[str], configs: Sequence[MatmulConfig], targets: Sequence[object] = (None,)
+    path: str | os.PathLike[str], configs: Sequence[Config], targets: Sequence[object] = (None,)
 ) -> Exported:
     """Put the operators of some configs into a bundle, building those that are not in the store.
 
@@ -82,7 +82,7 @@ def export_bundle(
     ----------
     path : str or path
         The bundle, a name that ends in ``.tar``; it appears whole or not at all, in the place of what was there.
-    configs : sequence of MatmulConfig
+    configs : sequence of Config
         The operators.
     targets : sequence
         What each is compiled for, as of `bitblas.target.resolve_target`; this machine need not be able to run it.
@@ -106,11 +106,11 @@ def export_bundle(
     wanted = {(config, target): None for target in map(resolve_target, targets) for config in configs}
     if not wanted:
         raise ArgumentError("configs or targets is empty; there is nothing to put into a bundle")
-    plans: dict[MatmulPlan, None] = {}
+    plans: dict[AnyPlan, None] = {}
     records: set[Path] = set()
     for config, target in wanted:
         record = read_record(config, target)
-        plans[plan_matmul(config, target, choices(record) if record else None)] = None
+        plans[make_plan(config, target, choices(record) if record else None)] = None
         records |= {find_record(config, target)} if record else set()
     artifacts = {artifact.key: artifact for artifact in map(build, tracked(list(plans), "building operators"))}
     return _write(path, list(artifacts.values()), records)

@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,25 @@ from ..artifacts import Artifact, artifact_key
 from ..artifacts.record import DamagedError
 from ..artifacts.survey import toolchains
 from ..build import COMPILER, differences, is_usable, toolchain
-from ..config import MatmulConfig
+from ..config import Config, FlashAttenConfig, MatmulConfig, json_fields
 from ..errors import ArtifactError, BitBLASError, UnsupportedError
 from ..logs import get_logger, warn_once
 from ..machines import Card
 from ..ops import Matmul
+from ..ops.attention import FlashAtten
 from ..ops.general_matmul_splitk import MatmulConfigWithSplitK, MatmulWithSplitK
+from ..ops.operator import Operator
 from ..ops.provider import load, plan_key, provide, store
-from ..plan import plan_matmul
+from ..plan import make_plan
 from ..schedule import read_tiling
 from ..target import Target
 
 #: The operators that can be saved, and their configs.
-KINDS: dict[type[Matmul], type[MatmulConfig]] = {Matmul: MatmulConfig, MatmulWithSplitK: MatmulConfigWithSplitK}
+KINDS: dict[type[Operator], type[Config]] = {
+    Matmul: MatmulConfig,
+    MatmulWithSplitK: MatmulConfigWithSplitK,
+    FlashAtten: FlashAttenConfig,
+}
 _BY_NAME = {kind.__name__: kind for kind in KINDS}
 
 _SCHEMA = 1
@@ -56,7 +62,7 @@ class Database:
 
     # -- saving ------------------------------------------------------------------------------------------------------------
 
-    def save(self, op: Matmul) -> None:
+    def save(self, op: Operator) -> None:
         """Save the library of an operator, and its tilings. What cannot be written is a warning."""
         directory = self._directory(op.target)
         try:
@@ -70,7 +76,7 @@ class Database:
         except (OSError, DamagedError) as error:
             get_logger().warning("%s could not be saved in %s: %s", op, self.path, error)
 
-    def _take(self, op: Matmul) -> Artifact | None:
+    def _take(self, op: Operator) -> Artifact | None:
         """The operator's artifact in our store: there already, or a copy; built anew where its files have gone."""
         place = store(self.path)
         found = place.load(op.artifact.key if op.artifact else plan_key(op.plan))
@@ -84,11 +90,11 @@ class Database:
         built = provide(op.plan).artifact
         return None if built is None else _copy(built, self.path)
 
-    def _record(self, op: Matmul, artifact: Artifact) -> None:
+    def _record(self, op: Operator, artifact: Artifact) -> None:
         record = {
             "schema": _SCHEMA,
             "operator": type(op).__name__,
-            "config": _fields(op.config),
+            "config": json_fields(op.config),
             "target": op.target.fields(),
             "card": op.target.facts().get("card"),
             "tilings": {str(m): tiling.fields() for m, tiling in op.plan.tilings.items()},
@@ -98,7 +104,7 @@ class Database:
         }
         path = self._directory(op.target) / _file_name(record)
         with self.locked():
-            untuned = op.plan == plan_matmul(op.config, op.target)
+            untuned = op.plan == make_plan(op.config, op.target)
             if not (untuned and self._holds_another(path, record)):
                 draft = path.with_suffix(f".{uuid.uuid4().hex}")
                 draft.write_text(
@@ -134,7 +140,7 @@ class Database:
 
     # -- loading -----------------------------------------------------------------------------------------------------------
 
-    def load(self, target: Target) -> list[Matmul]:
+    def load(self, target: Target) -> list[Operator]:
         """Operators that were saved for a target, with their tilings and ready to run; the others with one warning."""
         directory = self._directory(target)
         paths = sorted(directory.glob("*.json"))
@@ -157,7 +163,7 @@ class Database:
                 continue
             except DamagedError as damage:
                 warn_once(f"database.damaged {path}", "the saved operator %s is left out: %s", path, damage)
-        have = {artifact_key(_fields(op.config)) for op in found}
+        have = {artifact_key(json_fields(op.config)) for op in found}
         left_out = [record for record in strange if artifact_key(record["config"]) not in have]
         if left_out:
             warn_once(
@@ -169,18 +175,18 @@ class Database:
             )
         return found
 
-    def find(self, config: MatmulConfig, target: Target) -> Matmul | None:
+    def find(self, config: Config, target: Target) -> Operator | None:
         """The operator that this version saved for a config and a target, ready to run, or None."""
         names = [kind.__name__ for kind, config_class in KINDS.items() if type(config) is config_class]
         if not names or not self.exists():
             return None
-        wanted = {"operator": names[0], "config": _fields(config), "target": target.fields()}
+        wanted = {"operator": names[0], "config": json_fields(config), "target": target.fields()}
         here = toolchain()  # where TVM is not installed any version's serves
         made = [here] if here[COMPILER] else filter(is_usable, toolchains(store(self.path)))
         paths = [self._directory(target) / _file_name({**wanted, "toolchain": versions}) for versions in made]
         return next(filter(None, (self._find(path, target) for path in paths)), None)
 
-    def _find(self, path: Path, target: Target) -> Matmul | None:
+    def _find(self, path: Path, target: Target) -> Operator | None:
         try:
             target.check_runnable()
             return self._restore(read_saved(path), target)
@@ -190,14 +196,14 @@ class Database:
             warn_once(f"database.damaged {path}", "the saved operator %s is left out: %s", path, damage)
             return None
 
-    def _restore(self, record: Mapping[str, Any], target: Target) -> Matmul:
+    def _restore(self, record: Mapping[str, Any], target: Target) -> Operator:
         try:
             kind = _BY_NAME[record["operator"]]
             config = KINDS[kind](**record["config"])
             tilings = {int(m): read_tiling(values) for m, values in record["tilings"].items()}
             if record.get("card"):  # cards of one capability share code; which tilings there are depends on the card
                 target = replace(target, card=Card(**record["card"]))
-            plan = plan_matmul(config, target, tilings)
+            plan = make_plan(config, target, tilings)
             if record["target"] != target.fields() or plan.tilings != tilings:
                 raise DamagedError("its target or tilings are not those that were saved")
             provided = load(plan, self.path)
@@ -216,12 +222,6 @@ class Database:
 def saved_name(record: Mapping[str, Any]) -> str:
     """The name of a record's file, relative to the index."""
     return f"{artifact_key(record['target'])[:16]}/{_file_name(record)}"
-
-
-def _fields(config: MatmulConfig) -> dict[str, Any]:
-    """What makes a config equal to another, as JSON values; without options that are None, as `MatmulConfig.fields` is."""
-    found = {f.name: getattr(config, f.name) for f in fields(config) if f.compare}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _file_name(record: Mapping[str, Any]) -> str:

@@ -14,11 +14,11 @@ from ..artifacts import ArtifactStore
 from ..artifacts.record import DamagedError
 from ..artifacts.survey import Entry, Leftover, leftovers, look, size_of
 from ..build import is_usable
-from ..config import MatmulConfig
+from ..config import Config, MatmulConfig, read_config
 from ..errors import BitBLASError
 from ..logs import tracked
 from ..machines import ARM_CPUS, X86_CPUS
-from ..plan import plan_matmul
+from ..plan import make_plan
 from ..schedule import read_tiling
 from ..target import Target, device_arch, host_features, runs_on
 from ..tuner.record import choices, parse_record
@@ -147,8 +147,7 @@ def _records(root: Path) -> Iterator[Record]:
 def _choices(record: Mapping[str, Any]) -> tuple[object, ...]:
     """What tells the operator that a tuning record is for: its config and target, and the tilings by bucket."""
     with suppress(KeyError, TypeError, ValueError, AttributeError, BitBLASError):
-        config = MatmulConfig(**record["config"]).kernel
-        return config, record["target"], choices(record)
+        return read_config(record).kernel, record["target"], choices(record)
     return ()
 
 
@@ -166,10 +165,10 @@ def _operator(entry: Entry, tuned: list[tuple[object, ...]]) -> Operator:
     return Operator(entry, describe(config, plan), str(target or ""), runs, tilings, usable)
 
 
-def config_of(plan: Mapping[str, Any]) -> MatmulConfig | None:
+def config_of(plan: Mapping[str, Any]) -> Config | None:
     """The config in the fields of a plan; None where this version knows none like that."""
     with suppress(KeyError, TypeError, BitBLASError):
-        return MatmulConfig(**plan["config"])
+        return read_config(plan)
     return None
 
 
@@ -181,19 +180,15 @@ def target_of(plan: Mapping[str, Any]) -> Target | None:
     return None
 
 
-def describe(config: MatmulConfig | None, plan: Mapping[str, Any]) -> str:
+def describe(config: Config | None, plan: Mapping[str, Any]) -> str:
     """A config in words; one that this version does not know as it is written."""
     if config is None:
         values = plan.get("config")
         return " ".join(f"{name}={value}" for name, value in values.items()) if isinstance(values, Mapping) else ""
-    rows = " ".join(str(m) for m in config.buckets) if config.is_dynamic else f"{config.M} only"
-    details = [f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}", f"N={config.N} K={config.K}"]
-    details += [f"groups of {config.group}"] if config.is_grouped and config.num_groups > 1 else []
-    details += ["scales"] if config.with_scaling else []
-    details += [f"{config.zeros_mode} zeros"] if config.with_zeros else []
-    details += ["bias"] if config.with_bias else []
-    details += [f"activations quantized by {config.dynamic_quantization}"] if config.dynamic_quantization else []
-    return ", ".join([*details, f"M={rows}"])
+    rows = " ".join(str(m) for m in config.buckets)
+    if isinstance(config, MatmulConfig):
+        return f"{config.describe()}, M={rows if config.is_dynamic else f'{rows} only'}"
+    return f"{config.describe()}, rows={rows}"
 
 
 @cache
@@ -210,7 +205,7 @@ def can_run(target: Target) -> bool | None:
 
 def _tilings(
     plan: Mapping[str, Any],
-    config: MatmulConfig | None,
+    config: Config | None,
     target: Target | None,
     tuned: list[tuple[object, ...]],
     usable: bool,
@@ -222,7 +217,7 @@ def _tilings(
         if any(row and row[:2] == (config, str(target)) and _agrees(row[2], own) for row in tuned):
             return "tuned"
         if usable and target.kind == "llvm":  # a card's numbers, which are not written here, decide on its defaults
-            return "default" if plan_matmul(config, target).tilings == own else "other"
+            return "default" if make_plan(config, target).tilings == own else "other"
     return ""
 
 

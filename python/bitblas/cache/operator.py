@@ -7,11 +7,12 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from .. import env
-from ..config import Config, MatmulConfig
+from ..config import Config
 from ..errors import ArgumentError, UnsupportedError
 from ..locks import ForkLock
 from ..logs import get_logger, warn_once
-from ..ops import Matmul, provider
+from ..ops import provider
+from ..ops.operator import Operator
 from ..ops.provider import Provided
 from ..target import Target, resolve_target
 from .database import KINDS, Database
@@ -27,13 +28,13 @@ class OperatorCache:
     """
 
     def __init__(self) -> None:
-        self._operators: dict[MatmulConfig, Matmul] = {}
+        self._operators: dict[Config, Operator] = {}
         self._lock = ForkLock()
 
     def __repr__(self) -> str:
         return f"OperatorCache(size={self.size()})"
 
-    def add(self, config: MatmulConfig, op: Matmul) -> None:
+    def add(self, config: Config, op: Operator) -> None:
         """Hold an operator under its config, in the place of another that has an equal one.
 
         Raises
@@ -47,11 +48,11 @@ class OperatorCache:
         with self._lock.held():
             self._operators[config] = op
 
-    def get(self, config: MatmulConfig) -> Matmul | None:
+    def get(self, config: Config) -> Operator | None:
         """Return the operator of an equal config, or None."""
         return self._operators.get(config) if isinstance(config, Hashable) else None
 
-    def exists(self, config: MatmulConfig) -> bool:
+    def exists(self, config: Config) -> bool:
         """Whether there is an operator of an equal config."""
         return self.get(config) is not None
 
@@ -153,8 +154,6 @@ global_operator_cache = OperatorCache()
 
 
 def _find_saved(config: Config, target: Target) -> Provided | None:
-    if not isinstance(config, MatmulConfig):
-        return None
     found = Database(_path(None)).find(config, target)
     return None if found is None else found.provided
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import env
 from ..errors import ArgumentError, ArtifactError, BitBLASError
+from .attention import add_attention_options, attention_of
 from .bench import add_config_options, config_of
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _add_export_options(export: Any) -> None:
     )
     one = export.add_argument_group("one operator", "--M and --A-dtype are for the layers of a model, too")
     add_config_options(one, None, "1 16 32 64 128 256 512 1024")
+    add_attention_options(export)
     export.set_defaults(N=None, K=None, A_dtype=None)
 
 
@@ -267,15 +269,17 @@ def _prune(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from ..cache.bundle import export_bundle, export_store
 
-    one = options.N is not None and options.K is not None
-    if one + bool(options.all) + (options.model is not None) != 1 or (options.N is None) != (options.K is None):
-        raise ArgumentError("say what to export, one of: --model FOLDER, --all, or --N and --K of an operator")
+    one, attention = options.N is not None and options.K is not None, attention_of(options)
+    ways = (one, options.all, options.model is not None, attention is not None)
+    if sum(map(bool, ways)) != 1 or (options.N is None) != (options.K is None):
+        raise ArgumentError(
+            "say what to export, one of: --model FOLDER, --all, --N and --K of an operator, or --attention DIM"
+        )
     targets = _targets(options)
     if options.all:
         exported = export_store(options.bundle, targets if options.target else ())
     else:
-        configs = [_config_of(options)] if one else _configs_of_model(options)
-        exported = export_bundle(options.bundle, configs, targets)
+        exported = export_bundle(options.bundle, [attention] if attention else _configs_of(options, one), targets)
     if options.json:
         keys = [artifact.key for artifact in exported.operators]
         found = {"bundle": str(exported.path), "size": exported.size, "operators": keys, "left_out": exported.left_out}
@@ -296,11 +300,10 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     return list({resolve_target(name): None for name in options.target or [None]})
 
 
-def _config_of(options: argparse.Namespace) -> MatmulConfig:
-    return config_of(argparse.Namespace(**{**vars(options), "A_dtype": options.A_dtype or "float16"}))
-
-
-def _configs_of_model(options: argparse.Namespace) -> list[MatmulConfig]:
+def _configs_of(options: argparse.Namespace, one: bool) -> list[MatmulConfig]:
+    """Of one operator, or of the layers of a model."""
+    if one:
+        return [config_of(argparse.Namespace(**{**vars(options), "A_dtype": options.A_dtype or "float16"}))]
     from ..cache.models import configs_of_model
     from ..config import DEFAULT_BUCKETS
 

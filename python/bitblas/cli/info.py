@@ -20,13 +20,13 @@ from .. import env
 from .._version import __version__
 from ..artifacts import ArtifactStore
 from ..build import find_compiler
-from ..config import MatmulConfig
+from ..config import Config, FlashAttenConfig, MatmulConfig
 from ..cuda.compile import GET_CUDA_COMPILER
 from ..cuda.nvcc import find_nvcc, nvcc_version
 from ..cuda.nvrtc import find_nvrtc, nvrtc_version
 from ..errors import BitBLASError, ConfigError, UnsupportedError
 from ..machines import Card
-from ..plan import OLDEST_CAPABILITY, plan_matmul
+from ..plan import OLDEST_CAPABILITY, make_plan
 from ..target import device_arch, device_card, host_features, resolve_target
 
 #: What an installation consists of, with the command that gets it; only the versions of the ffi matter to the letter.
@@ -41,11 +41,12 @@ _GET_COMPILER = (
     "install one, such as Debian's gcc (apt install gcc), or name one in BITBLAS_CC; without it operators are compiled "
     "in memory by every process, and nothing is cached"
 )
-#: Kinds of matmul that rules tell apart, by an activation and a weight format of each.
-_KINDS = {
-    "rules, float A": ("float16", "uint4"),
-    "rules, int A, W to 7 bits": ("int8", "uint4"),
-    "rules, int A, W of 8 bits": ("int8", "int8"),
+#: Kinds of operator that rules tell apart, by a config of each.
+_KINDS: dict[str, Config] = {
+    "rules, float A": MatmulConfig(N=64, K=64, A_dtype="float16", W_dtype="uint4"),
+    "rules, int A, W to 7 bits": MatmulConfig(N=64, K=64, A_dtype="int8", W_dtype="uint4"),
+    "rules, int A, W of 8 bits": MatmulConfig(N=64, K=64, A_dtype="int8", W_dtype="int8"),
+    "rules, attention": FlashAttenConfig(dim=64),
 }
 _PROBE = "#include <omp.h>\nint bitblas_probe(void) { return omp_get_max_threads(); }\n"
 
@@ -150,10 +151,9 @@ def _target() -> Iterator[Fact]:
             yield Fact("target", "card", _describe_card(target.card))
         else:
             yield Fact("target", "features", ", ".join(sorted(features)) or "none", lacks)
-        for what, (a_dtype, w_dtype) in _KINDS.items():
-            config = MatmulConfig(N=64, K=64, A_dtype=a_dtype, W_dtype=w_dtype)
+        for what, config in _KINDS.items():
             try:
-                names = ", ".join(dict.fromkeys(kernel.rule for kernel in plan_matmul(config, target).kernels))
+                names = ", ".join(dict.fromkeys(kernel.rule for kernel in make_plan(config, target).kernels))
             except UnsupportedError:
                 names = "none: there are no kernels for this target"
             yield Fact("target", what, names)

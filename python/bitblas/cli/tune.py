@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import MatmulConfig
+from ..config import Config, MatmulConfig
 from ..errors import ArgumentError
+from .attention import add_attention_options, attention_of
 from .bench import add_config_options, config_of, positive, seconds_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def add_command(commands: Any) -> None:
     tune.add_argument("--rpc", metavar="HOST:PORT", help="measure on a machine of this TVM tracker")
     tune.add_argument("--key", help="the key that the machine serves there")
     tune.add_argument("--out", type=Path, metavar="FILE", help="write the record to a file, in JSON")
+    add_attention_options(tune)
     tune.set_defaults(run=run)
 
 
@@ -41,7 +43,7 @@ def _some_seconds(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Tune and print; 130 where Ctrl-C ended it early and something was found."""
-    config = config_of(options)
+    config = attention_of(options) or config_of(options)
     from ..target import resolve_target
 
     target = resolve_target(options.target)
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     return 130 if tuned.interrupted else 0
 
 
-def _tune(options: argparse.Namespace, config: MatmulConfig, target: Target) -> tuple[Tuned, dict[str, Any]]:
+def _tune(options: argparse.Namespace, config: Config, target: Target) -> tuple[Tuned, dict[str, Any]]:
     from ..bench import use_threads
     from ..tuner import SECONDS
     from ..tuner.runs import tune_here, tune_there
@@ -73,15 +75,16 @@ def _tune(options: argparse.Namespace, config: MatmulConfig, target: Target) -> 
         return tune_here(config, target, options.topk, seconds, not options.serial)
 
 
-def _print_tuned(config: MatmulConfig, target: Target, tuned: Tuned, record: dict[str, Any]) -> None:
+def _print_tuned(config: Config, target: Target, tuned: Tuned, record: dict[str, Any]) -> None:
     from ..tuner.record import record_path
 
     machine = record["machine"]
     where = "" if machine["name"] == "here" else f", measured on {machine['name']}"
-    print(f"{config.A_dtype} x {config.W_dtype} -> {config.out_dtype}, N={config.N}, K={config.K}; {target}")
+    print(f"{config.describe()}; {target}")
     print(f"{machine.get('card', {}).get('name') or machine['cpu']}{where}; {tuned.seconds:.1f} s")
     print()
-    table = [["M", "default us", "tuned us", "times as fast", "tried", "lost", "tiling"]]
+    rows = "M" if isinstance(config, MatmulConfig) else "rows"
+    table = [[rows, "default us", "tuned us", "times as fast", "tried", "lost", "tiling"]]
     for m in config.buckets:
         row = tuned.buckets.get(m)
         if row is None:
@@ -98,7 +101,7 @@ def _print_tuned(config: MatmulConfig, target: Target, tuned: Tuned, record: dic
     print(f"kept in {record_path(config, target)}")
     for m, row in tuned.buckets.items():
         for lost, error in row.lost:
-            print(f"lost for M={m}: {_difference(lost, row.default) or 'the default'}: {error.splitlines()[0]}")
+            print(f"lost for {rows}={m}: {_difference(lost, row.default) or 'the default'}: {error.splitlines()[0]}")
 
 
 def _difference(tiling: Tiling, default: Tiling | None) -> str:

@@ -1,7 +1,8 @@
 """The question that is asked of an operator: frozen, hashable, validated, never rewritten."""
 
-from .attention import ATTENTION_DTYPES, ATTENTION_LAYOUTS, MAX_HEAD_DIM, QUERY_BUCKETS, FlashAttenConfig
-from .checks import LEAST_EPS, check_dtype_name, check_eps, check_flag, check_size
+from .attention import ATTENTION_DTYPES, ATTENTION_LAYOUTS, MAX_HEAD_DIM, QUERY_BUCKETS, FlashAttenConfig, Sizes
+from .checks import LEAST_EPS, check_dtype_name, check_eps, check_flag, check_size, json_fields
+from .kinds import ATTENTION, Config, config_fields, read_config
 from .matmul import (
     A_DTYPES,
     ACCUM_DTYPES,
@@ -15,11 +16,9 @@ from .matmul import (
     check_buckets,
 )
 
-#: What an operator may be asked for.
-Config = MatmulConfig | FlashAttenConfig
-
 __all__ = [
     "ACCUM_DTYPES",
+    "ATTENTION",
     "ATTENTION_DTYPES",
     "ATTENTION_LAYOUTS",
     "A_DTYPES",
@@ -35,9 +34,13 @@ __all__ = [
     "Config",
     "FlashAttenConfig",
     "MatmulConfig",
+    "Sizes",
     "check_buckets",
     "check_dtype_name",
     "check_eps",
     "check_flag",
     "check_size",
+    "config_fields",
+    "json_fields",
+    "read_config",
 ]

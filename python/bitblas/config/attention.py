@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import NamedTuple
 
 from ..errors import ConfigError
 from .checks import check_dtype_name, check_flag, check_size, json_fields
@@ -19,6 +20,39 @@ ATTENTION_LAYOUTS = ("nnn", "ntn")
 MAX_HEAD_DIM = 1024
 #: Times log2(e) a smaller softmax_scale is a number of float32.
 SCALE_LIMIT = 2.0**126
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call."""
+
+    batch: int
+    heads: int
+    heads_kv: int
+    seq_len: int
+    seq_len_kv: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of each head of K: queries, times the heads that share it."""
+        return self.seq_len * (self.heads // self.heads_kv) if self.heads_kv else 0
+
+    def q_shape(self, config: FlashAttenConfig) -> tuple[int, ...]:
+        """(batch, seq_len, heads, dim)."""
+        return self.batch, self.seq_len, self.heads, config.dim
+
+    def k_shape(self, config: FlashAttenConfig) -> tuple[int, ...]:
+        """(batch, seq_len_kv, heads_kv, dim), or (batch, dim, heads_kv, seq_len_kv) for the layout ntn."""
+        if config.layout == "ntn":
+            return self.batch, config.dim, self.heads_kv, self.seq_len_kv
+        return self.batch, self.seq_len_kv, self.heads_kv, config.dim
+
+    def v_shape(self, config: FlashAttenConfig) -> tuple[int, ...]:
+        """(batch, seq_len_kv, heads_kv, dim_v)."""
+        return self.batch, self.seq_len_kv, self.heads_kv, config.dim_v
+
+    def output_shape(self, config: FlashAttenConfig) -> tuple[int, ...]:
+        """(batch, seq_len, heads, dim_v)."""
+        return self.batch, self.seq_len, self.heads, config.dim_v
 
 
 @dataclass(frozen=True)
@@ -131,9 +165,22 @@ class FlashAttenConfig:
         rows = self.buckets[0] if len(self.buckets) == 1 else None
         return replace(self, batch=None, heads=None, heads_kv=None, seq_len=rows, seq_len_kv=None)
 
+    def for_bucket(self, m: int | None) -> FlashAttenConfig:
+        """The config of a kernel for one bucket of rows; None leaves them open."""
+        return replace(self.kernel, seq_len=m)
+
+    def describe(self) -> str:
+        """What is computed, for messages."""
+        dtypes = "/".join(dict.fromkeys((self.Q_dtype, self.K_dtype, self.V_dtype)))
+        dims = f"dim={self.dim}" + (f" dim_v={self.dim_v}" if self.dim_v != self.dim else "")
+        details = [f"attention {dtypes} -> {self.Out_dtype}", dims]
+        details += ["causal"] if self.is_causal else []
+        details += ["K transposed"] if self.layout == "ntn" else []
+        return ", ".join(details)
+
     def fields(self) -> dict[str, object]:
         """All that shapes the result, as JSON values: what an artifact's key is made of."""
-        return {**json_fields(self), "seq_len_kv": self.seq_len_kv}  # whose None is not what leaving it out means
+        return json_fields(self)
 
 
 def _check_open(argument: str, value: object) -> int | None:

@@ -49,12 +49,12 @@ def check_eps(argument: str, value: object) -> float:
 def json_fields(config: Any) -> dict[str, object]:
     """The fields of a config that are compared, as JSON values.
 
-    An option that is None is left out, so that a new one leaves the keys of those who do not use it alone.
+    An option that is None, and is so by default, is left out: a new one leaves the keys of those who do not use it alone.
     """
     return {
         f.name: list(v) if isinstance(v, tuple) else v
         for f in fields(config)
         if f.compare
         for v in (getattr(config, f.name),)
-        if v is not None
+        if v is not None or f.default is not None
     }

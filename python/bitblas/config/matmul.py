@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields, replace
 from numbers import Integral
 
 from ..errors import ConfigError
@@ -337,6 +337,21 @@ class MatmulConfig:
         if self.A_dtype in _INTEGER_ACTIVATIONS:
             return "int32" if self.out_dtype in _INTEGER_DTYPES else self.out_dtype
         return self.A_dtype if self.A_dtype == self.out_dtype else "float32"
+
+    def for_bucket(self, m: int | None) -> MatmulConfig:
+        """The config of a kernel for one bucket of rows; None leaves them open. That of a fixed M keeps it."""
+        kernel = self.kernel
+        return kernel if m is not None and not self.is_dynamic else replace(kernel, M=m if m is None else (m,))
+
+    def describe(self) -> str:
+        """What is computed, for messages."""
+        details = [f"{self.A_dtype} x {self.W_dtype} -> {self.out_dtype}", f"N={self.N} K={self.K}"]
+        details += [f"groups of {self.group}"] if self.is_grouped and self.num_groups > 1 else []
+        details += ["scales"] if self.with_scaling else []
+        details += [f"{self.zeros_mode} zeros"] if self.with_zeros else []
+        details += ["bias"] if self.with_bias else []
+        details += [f"activations quantized by {self.dynamic_quantization}"] if self.dynamic_quantization else []
+        return ", ".join(details)
 
     def fields(self) -> dict[str, object]:
         """All that shapes the result, as JSON values: what an artifact's key is made of."""

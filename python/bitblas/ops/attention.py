@@ -165,6 +165,39 @@ class FlashAtten(Operator):
         torch.ops.bitblas.flash_atten_into(q, k, v, output, self._spec)
         return output
 
+    def profile_latency(self, dynamic_symbolic_constraints: Mapping[str, int] | None = None) -> float:
+        """Median milliseconds of a call on random data, with keys and values that come from memory.
+
+        Parameters
+        ----------
+        dynamic_symbolic_constraints : mapping, optional
+            Sizes: ``"batch"``, ``"heads"``, ``"heads_kv"``, ``"seq_len"``, ``"seq_len_kv"``. One that is not named is the
+            config's; where that leaves it open, one batch, 8 heads or more (as many as there are threads, or multiprocessors),
+            as many heads of keys, 1024 queries, and as many keys as queries, but at least 1024.
+
+        Raises
+        ------
+        ArgumentError
+            A size is no int of at least 1, is not the one that the operator was built for, or has another name; or heads_kv
+            does not divide heads.
+        """
+        from ..cards import time_on
+        from ..operands import choose_sizes, draw_attention
+
+        wanted = dynamic_symbolic_constraints or {}
+        if not isinstance(wanted, Mapping):
+            raise ArgumentError(
+                f'dynamic_symbolic_constraints is {wanted!r}; it must be a dict such as {{"seq_len": 16}}'
+            )
+        sizes = choose_sizes(self.config, self.target, wanted)
+        return time_on(self.target, self._provide(), draw_attention(self.config, sizes)) * 1e3
+
+    def _check_retargeting(self, named: object, target: Target) -> None:
+        if target.kind != self.target.kind:
+            raise ArgumentError(
+                f"target is {named!r}; this operator is for {self.target}. Construct another one for other devices"
+            )
+
 
 def _refuse_derivatives(*tensors: torch.Tensor) -> None:
     """Torch would drop a tangent without a word, and says something else of what torch.func differentiates."""

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 
-from ..config import FlashAttenConfig
+from ..config import FlashAttenConfig, Sizes
 from ..errors import ArgumentError
 from .arguments import PLAIN, check_tensor
 
 _STRIDED = torch.strided
 
 Shape = tuple[int, ...]
-
-
-class Sizes(NamedTuple):
-    """The sizes of a call."""
-
-    batch: int
-    heads: int
-    heads_kv: int
-    seq_len: int
-    seq_len_kv: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of each head of K: queries, times the heads that share it."""
-        return self.seq_len * (self.heads // self.heads_kv) if self.heads_kv else 0
-
-    def output_shape(self, config: FlashAttenConfig) -> Shape:
-        """(batch, seq_len, heads, dim_v)."""
-        return self.batch, self.seq_len, self.heads, config.dim_v
 
 
 class AttentionDoor:

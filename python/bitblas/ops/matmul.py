@@ -276,8 +276,9 @@ class Matmul(Operator, WithWeights, WithFacts):
 
     def _time_rows(self, kernels: Kernels, m: int) -> float:
         from ..cards import time_on
+        from ..operands import draw_call
 
-        return time_on(self.target, kernels, self.config, self.layout, m)
+        return time_on(self.target, kernels, draw_call(self.plan.problem_of(m)))
 
 
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from ..config import FlashAttenConfig, MatmulConfig
+from ..config import FlashAttenConfig, MatmulConfig, config_fields, read_config
 from ..errors import UnsupportedError
 from ..layout import LANES, PackedLayout
 from ..target import Target
@@ -16,8 +16,6 @@ from ..target import Target
 if TYPE_CHECKING:
     from tvm import tirx
 
-#: What the fields of an attention's problem and plan say, beside its config.
-ATTENTION = "attention"
 #: Bytes of a cache line.
 LINE_BYTES = 64
 
@@ -120,7 +118,7 @@ class Problem:
 
     def fields(self) -> dict[str, object]:
         """As JSON values, without the target."""
-        return {"config": self.config.fields(), "layout": self.layout.name, "m": self.m}
+        return {**config_fields(self.config), "layout": self.layout.name, "m": self.m}
 
     @property
     def lane_blocks(self) -> int:
@@ -153,14 +151,14 @@ class AttentionProblem:
 
     def fields(self) -> dict[str, object]:
         """As JSON values, without the target."""
-        return {"operator": ATTENTION, "config": self.config.fields(), "m": self.m}
+        return {**config_fields(self.config), "m": self.m}
 
 
 def read_problem(fields: Mapping[str, Any], target: Target) -> Problem | AttentionProblem:
     """The problem with these fields."""
-    if fields.get("operator") == ATTENTION:
-        return AttentionProblem(FlashAttenConfig(**fields["config"]), target, fields["m"])
-    config = MatmulConfig(**fields["config"])
+    config = read_config(fields)
+    if isinstance(config, FlashAttenConfig):
+        return AttentionProblem(config, target, fields["m"])
     layout = PackedLayout(config.N, config.K, config.format.bits, fields["layout"])
     return Problem(config, layout, target, fields["m"])
 

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +26,15 @@ from ..build import (
     find_compiler,
 )
 from ..cards import Batch, CardClock, Stopwatch, batch_of, cache_bytes_of, device_of, take_batches, time_on
-from ..config import MatmulConfig
+from ..config import Config
 from ..cuda.compile import Compiled, write_cuda
 from ..errors import BitBLASError, BuildError
 from ..logs import warn_once
-from ..measuring import Operands, spoil, take_turn
-from ..plan import KernelPlan, MatmulPlan
+from ..measuring import spoil, take_turn
+from ..operands import Operands, draw_call
+from ..plan import AnyPlan, KernelPlan, plan_problem
 from ..runtime import Kernels, load_kernels, wrap_executable, wrap_function
-from ..schedule import Problem
+from ..schedule import AttentionProblem, Problem
 from ..target import Target
 from .children import Children
 from .search import LostError, Workbench
@@ -57,7 +57,7 @@ CARD_LOST = 70
 # -- jobs, which run in a child --------------------------------------------------------------------------------------------
 
 
-def build_job(plan: MatmulPlan, directory: Path, compiler: str) -> tuple[str, str]:
+def build_job(plan: AnyPlan, directory: Path, compiler: str) -> tuple[str, str]:
     """Build a library; what went wrong, or nothing, and the library's name."""
     try:
         made = build_library(plan, directory, compiler)
@@ -67,7 +67,7 @@ def build_job(plan: MatmulPlan, directory: Path, compiler: str) -> tuple[str, st
 
 
 def turn_job(
-    library: Path, plan: MatmulPlan, m: int, threads: int, like: tuple[Path, MatmulPlan] | None
+    library: Path, plan: AnyPlan, m: int, threads: int, like: tuple[Path, AnyPlan] | None
 ) -> list[float] | str:
     """Seconds of some calls; or what is wrong with the results, where they are looked at for the first time."""
     torch.set_num_threads(threads)
@@ -95,13 +95,8 @@ def end_unless_usable(error: RuntimeError, synchronize: Callable[[], None]) -> s
 
 
 @cache
-def _loaded(library: Path, plan: MatmulPlan) -> Kernels:
+def _loaded(library: Path, plan: AnyPlan) -> Kernels:
     return load_kernels(library, plan)
-
-
-def any_rows(config: MatmulConfig) -> MatmulConfig:
-    """A config that is the same for all candidates: they differ in M."""
-    return replace(config, M=None)
 
 
 class Runner:
@@ -115,13 +110,13 @@ class Runner:
 
     def __init__(self, stopwatch: Stopwatch | None = None) -> None:
         self._stopwatch = stopwatch
-        self._batches: dict[tuple[MatmulPlan, int], Batch] = {}
-        self._problem: tuple[MatmulConfig, int] | None = None
+        self._batches: dict[tuple[AnyPlan, int], Batch] = {}
+        self._problem: tuple[Config, int] | None = None
         self._operands: Operands | None = None
         self._expected: torch.Tensor | None = None
-        self._checked: set[tuple[MatmulPlan, int]] = set()
+        self._checked: set[tuple[AnyPlan, int]] = set()
 
-    def turn(self, kernels: Kernels, plan: MatmulPlan, m: int, like: Kernels | None) -> list[float] | str:
+    def turn(self, kernels: Kernels, plan: AnyPlan, m: int, like: Kernels | None) -> list[float] | str:
         """Seconds of some calls, or how the result differs from that of `like`."""
         operands = self._draw(plan, m)
         if (plan, m) in self._checked:
@@ -137,24 +132,24 @@ class Runner:
         self._checked.add((plan, m))
         return taken
 
-    def _take(self, kernels: Kernels, plan: MatmulPlan, m: int, operands: Operands) -> list[float]:
+    def _take(self, kernels: Kernels, plan: AnyPlan, m: int, operands: Operands) -> list[float]:
         """Seconds of each call of a turn; on a card of one launch in each batch."""
         if plan.target.kind != "cuda":
             return take_turn(lambda: operands.launch(kernels), least=1, seconds=RACE_SECONDS)
         if (plan, m) not in self._batches:
             self._stopwatch = self._stopwatch or CardClock(operands.out.device)
             call = partial(operands.launch, kernels)
-            self._batches[plan, m] = batch_of(self._stopwatch, call, len(operands.weights))
+            self._batches[plan, m] = batch_of(self._stopwatch, call, len(operands.copies))
         return take_batches(self._batches[plan, m], least=1, seconds=RACE_SECONDS)
 
-    def _draw(self, plan: MatmulPlan, m: int) -> Operands:
-        problem = any_rows(plan.config), m
+    def _draw(self, plan: AnyPlan, m: int) -> Operands:
+        problem = plan.config.for_bucket(None), m  # the same for all candidates
         if self._operands is None or self._problem != problem:
             self._operands = self._expected = None  # before there is memory for others
             self._batches.clear()
             device = torch.device("cpu") if self._stopwatch is not None else device_of(plan.target)
-            cache = cache_bytes_of(plan.target)
-            self._operands, self._problem = Operands(problem[0], plan.layout, m, device, cache), problem
+            call = draw_call(plan.problem_of(m)).to(device)
+            self._operands, self._problem = Operands(call, cache_bytes_of(plan.target)), problem
         return self._operands
 
 
@@ -192,10 +187,10 @@ class ChildBench:
 
     def __init__(self, children: Children, directory: Path, compiler: str) -> None:
         self._children, self._directory, self._compiler = children, directory, compiler
-        self._built: dict[MatmulPlan, Path] = {}
+        self._built: dict[AnyPlan, Path] = {}
         self._first: dict[int, float] = {}  # seconds of the first turn, by rows
 
-    def build(self, plans: Sequence[MatmulPlan], go_on: Callable[[], bool]) -> Iterator[tuple[MatmulPlan, str]]:
+    def build(self, plans: Sequence[AnyPlan], go_on: Callable[[], bool]) -> Iterator[tuple[AnyPlan, str]]:
         """See `Workbench`."""
         rooms = [Path(tempfile.mkdtemp(dir=self._directory)) for _ in plans]
         jobs = [(plan, room, self._compiler) for plan, room in zip(plans, rooms, strict=True)]
@@ -205,11 +200,11 @@ class ChildBench:
                 self._built[plans[index]] = rooms[index] / library
             yield plans[index], error
 
-    def library(self, plan: MatmulPlan) -> Path:
+    def library(self, plan: AnyPlan) -> Path:
         """The library of a candidate that was built."""
         return self._built[plan]
 
-    def turn(self, plan: MatmulPlan, m: int, like: MatmulPlan | None) -> list[float]:
+    def turn(self, plan: AnyPlan, m: int, like: AnyPlan | None) -> list[float]:
         """See `Workbench`."""
         limit = TURN_SECONDS + SLOWER * self._first[m] if m in self._first else FIRST_SECONDS
         other, began = None if like is None else (self._built[like], like), time.perf_counter()
@@ -225,10 +220,10 @@ class HereBench:
     """Kernels that this process compiles in memory and runs itself: where there is no linker, nothing can be handed over."""
 
     def __init__(self) -> None:
-        self._kernels: dict[MatmulPlan, Kernels] = {}
+        self._kernels: dict[AnyPlan, Kernels] = {}
         self._runner = Runner()
 
-    def build(self, plans: Sequence[MatmulPlan], go_on: Callable[[], bool]) -> Iterator[tuple[MatmulPlan, str]]:
+    def build(self, plans: Sequence[AnyPlan], go_on: Callable[[], bool]) -> Iterator[tuple[AnyPlan, str]]:
         """See `Workbench`."""
         for plan in plans:
             if not go_on():
@@ -240,7 +235,7 @@ class HereBench:
             else:
                 yield plan, ""
 
-    def turn(self, plan: MatmulPlan, m: int, like: MatmulPlan | None) -> list[float]:
+    def turn(self, plan: AnyPlan, m: int, like: AnyPlan | None) -> list[float]:
         """See `Workbench`."""
         taken = self._runner.turn(self._kernels[plan], plan, m, None if like is None else self._kernels[like])
         if isinstance(taken, str):
@@ -248,7 +243,7 @@ class HereBench:
         return taken
 
 
-def measure_module(mod: tvm.IRModule, problem: Problem) -> float:
+def measure_module(mod: tvm.IRModule, problem: Problem | AttentionProblem) -> float:
     """Median seconds of a call of a module's one scheduled function on random operands, compiled and run in this process.
 
     Raises
@@ -269,17 +264,17 @@ def measure_module(mod: tvm.IRModule, problem: Problem) -> float:
         kernels = _kernels_of(compiled, variable.name_hint, func, problem)
     else:
         kernels = wrap_function(compiled, variable.name_hint, problem.m)
-    return time_on(problem.target, kernels, problem.config, problem.layout, problem.m)
+    return time_on(problem.target, kernels, draw_call(problem))
 
 
-def _kernels_of(compiled: Compiled, name: str, func: object, problem: Problem) -> Kernels:
+def _kernels_of(compiled: Compiled, name: str, func: object, problem: Problem | AttentionProblem) -> Kernels:
     """Load a described function for cards, which was compiled and is built now."""
     from ..transform import read_description
 
     found, target = read_description(func, problem.target), problem.target
     if found is None:
         raise BuildError(f"{name} has no description, which says what it needs beside its operands")
-    plan = MatmulPlan(problem.config, target, problem.layout, (KernelPlan(name, *found[1:], (problem.m,)),))
+    plan = plan_problem(problem, KernelPlan(name, *found[1:], (problem.m,)))
     directory = this_process.scratch()
     try:
         compiler = find_compiler(target)

@@ -18,7 +18,7 @@ from ..artifacts import ArtifactStore, artifact_key
 from ..artifacts.record import DamagedError
 from ..artifacts.survey import toolchains
 from ..build import COMPILER, is_usable, toolchain
-from ..config import Config
+from ..config import Config, config_fields
 from ..errors import BitBLASError
 from ..logs import get_logger
 from ..schedule import Tiling, read_tiling
@@ -71,7 +71,7 @@ def save_record(
 
     Parameters
     ----------
-    config, target : MatmulConfig, Target
+    config, target : Config, Target
         What was tuned.
     found : mapping of int to TunedBucket
         By bucket.
@@ -89,7 +89,7 @@ def save_record(
     rows = {str(m): {**row.fields(), "date": date, "machine": where} for m, row in found.items()}
     record = {
         "schema": _SCHEMA,
-        "config": config.fields(),
+        **config_fields(config),
         "target": str(target),
         "versions": toolchain(),
         "date": date,
@@ -154,7 +154,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 def choices(record: Mapping[str, Any]) -> dict[int, Tiling]:
-    """The tilings that a record chose, by bucket. Whether a rule still offers them is for `plan_matmul` to see."""
+    """The tilings that a record chose, by bucket. Whether a rule still offers them is for `make_plan` to see."""
     return {int(m): read_tiling(row["tiling"]) for m, row in record["buckets"].items()}
 
 

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..config import MatmulConfig
+from ..config import Config
 from ..errors import ArgumentError, BuildError, RemoteError, UnsupportedError
-from ..measuring import TURN_SECONDS, random_operands, spoil
-from ..plan import MatmulPlan
+from ..measuring import TURN_SECONDS, spoil
+from ..operands import draw_call
+from ..plan import AnyPlan
 from ..runtime import slab_rows
 from ..target import Target
-from .local import ChildBench, any_rows, building, difference
+from .local import ChildBench, building, difference
 from .search import LostError
 
 T = TypeVar("T")
@@ -149,11 +150,11 @@ class RemoteBench:
 
     def __init__(self, built: ChildBench, remote: Remote) -> None:
         self._built, self._remote = built, remote
-        self._loaded: dict[MatmulPlan, Any] = {}
-        self._arrays: tuple[tuple[MatmulConfig, int], list[Any]] | None = None  # of a shape and so many rows
+        self._loaded: dict[AnyPlan, Any] = {}
+        self._arrays: tuple[tuple[Config, int], list[Any]] | None = None  # of a shape and so many rows
         self._of: Any = None  # the session that they belong to
-        self._expected: dict[tuple[MatmulConfig, int], torch.Tensor] = {}
-        self._checked: set[tuple[MatmulPlan, int]] = set()
+        self._expected: dict[tuple[Config, int], torch.Tensor] = {}
+        self._checked: set[tuple[AnyPlan, int]] = set()
         facts = self._ask()
         self.cpu, self.triple = facts
         #: Where it is measured, as JSON values.
@@ -186,11 +187,11 @@ class RemoteBench:
                 f"{', '.join(sorted(missing))}"
             )
 
-    def build(self, plans: Sequence[MatmulPlan], go_on: Callable[[], bool]) -> Iterator[tuple[MatmulPlan, str]]:
+    def build(self, plans: Sequence[AnyPlan], go_on: Callable[[], bool]) -> Iterator[tuple[AnyPlan, str]]:
         """See `Workbench`."""
         return self._built.build(plans, go_on)
 
-    def turn(self, plan: MatmulPlan, m: int, like: MatmulPlan | None) -> list[float]:
+    def turn(self, plan: AnyPlan, m: int, like: AnyPlan | None) -> list[float]:
         """See `Workbench`."""
         session = self._remote.session()
         try:
@@ -208,7 +209,7 @@ class RemoteBench:
         self._loaded.clear()
         self._arrays = self._of = None
 
-    def _turn(self, session: Any, plan: MatmulPlan, m: int) -> list[float]:
+    def _turn(self, session: Any, plan: AnyPlan, m: int) -> list[float]:
         if session is not self._of:
             self._forget()
             self._of = session
@@ -226,37 +227,35 @@ class RemoteBench:
             taken += self._time(session, plan, arrays, calls)
         return [launches * seconds for seconds in taken]
 
-    def _time(self, session: Any, plan: MatmulPlan, arrays: list[Any], calls: int) -> list[float]:
+    def _time(self, session: Any, plan: AnyPlan, arrays: list[Any], calls: int) -> list[float]:
         """Seconds of calls, each with the weights out of the caches; before them goes one that does not count."""
         function = self._loaded[plan].time_evaluator(
             plan.kernels[0].name, session.cpu(0), number=1, repeat=calls, f_preproc=FLUSH
         )
         return [float(seconds) for seconds in function(*arrays).results]
 
-    def _upload(self, session: Any, plan: MatmulPlan, rows: int) -> list[Any]:
-        """A, the operands after it, and the result, in the memory of the machine."""
-        key = any_rows(plan.config), rows
+    def _upload(self, session: Any, plan: AnyPlan, rows: int) -> list[Any]:
+        """The operands, and the result, in the memory of the machine."""
+        key = plan.config.for_bucket(None), rows
         if self._arrays is None or self._arrays[0] != key:
             from tvm.runtime import empty
 
-            a, operands = random_operands(plan.config, plan.layout, rows)
-            out = torch.empty(rows, plan.config.N, dtype=getattr(torch, plan.config.out_dtype))
-            found = []
-            for tensor in (a, *operands, out):
+            call, found = draw_call(plan.problem_of(rows)), []
+            for tensor in (*call.inputs, call.out):
                 array = empty(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), session.cpu(0))
                 found.append(array.copyfrom(_as_numpy(tensor)))
             self._arrays = key, found
         return self._arrays[1]
 
-    def _check(self, plan: MatmulPlan, rows: int, arrays: list[Any]) -> None:
+    def _check(self, plan: AnyPlan, rows: int, arrays: list[Any]) -> None:
         """Compare the first result of a candidate with that of the first candidate."""
         if (plan, rows) in self._checked:
             return
-        out = torch.zeros(rows, plan.config.N, dtype=getattr(torch, plan.config.out_dtype))
+        out = torch.zeros_like(_as_torch(arrays[-1]))
         arrays[-1].copyfrom(_as_numpy(spoil(out)))
         self._loaded[plan][plan.kernels[0].name](*arrays)
-        got = _as_torch(arrays[-1], plan.config.out_dtype)
-        problem = difference(got, self._expected.setdefault((any_rows(plan.config), rows), got))
+        got = _as_torch(arrays[-1])
+        problem = difference(got, self._expected.setdefault((plan.config.for_bucket(None), rows), got))
         if problem:
             raise LostError(problem)
         self._checked.add((plan, rows))
@@ -270,9 +269,9 @@ def _as_numpy(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def _as_torch(array: Any, dtype: str) -> torch.Tensor:
+def _as_torch(array: Any) -> torch.Tensor:
     values = array.numpy()
-    if dtype == "bfloat16":
+    if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(values)
 

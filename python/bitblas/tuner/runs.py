@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import MatmulConfig
+from ..config import Config
 from ..logs import get_logger
 from ..target import Target
 from . import SECONDS
@@ -15,7 +15,7 @@ from .search import Tuned, Workbench, tune
 
 
 def tune_here(
-    config: MatmulConfig, target: Target, topk: int = 20, seconds: float = SECONDS, parallel_build: bool = True
+    config: Config, target: Target, topk: int = 20, seconds: float = SECONDS, parallel_build: bool = True
 ) -> tuple[Tuned, dict[str, Any]]:
     """Tune on this machine, keep the record, and warn where the search ended early; what was found, and the record.
 
@@ -33,7 +33,7 @@ def tune_here(
 
 
 def tune_there(
-    config: MatmulConfig, target: Target, address: str, key: str, topk: int = 20, seconds: float = SECONDS
+    config: Config, target: Target, address: str, key: str, topk: int = 20, seconds: float = SECONDS
 ) -> tuple[Tuned, dict[str, Any]]:
     """As `tune_here`, measuring on a machine that serves `key` to the TVM tracker at `address`, ``"host:port"``.
 
@@ -49,7 +49,7 @@ def tune_there(
 
 
 def _tune(
-    config: MatmulConfig, target: Target, topk: int, seconds: float, bench: Workbench, machine: dict[str, object]
+    config: Config, target: Target, topk: int, seconds: float, bench: Workbench, machine: dict[str, object]
 ) -> tuple[Tuned, dict[str, Any]]:
     record: dict[str, Any] = {}
 

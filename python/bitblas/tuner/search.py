@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..config import MatmulConfig
+from ..config import Config
 from ..errors import BuildError, RemoteError
 from ..logs import get_logger, progress
-from ..plan import MatmulPlan, native_layout, plan_matmul
-from ..schedule import RULES, Problem, Tiling, rank, select_rule
+from ..plan import AnyPlan, make_plan
+from ..schedule import RULES, Tiling, rank, select_rule
 from ..target import Target
 from . import SECONDS
 
@@ -40,13 +40,13 @@ class LostError(Exception):
 class Workbench(Protocol):
     """Builds candidates, each a plan of one kernel, and runs them."""
 
-    def build(self, plans: Sequence[MatmulPlan], go_on: Callable[[], bool]) -> Iterator[tuple[MatmulPlan, str]]:
+    def build(self, plans: Sequence[AnyPlan], go_on: Callable[[], bool]) -> Iterator[tuple[AnyPlan, str]]:
         """Build plans, several at once where that can be; yields each with what went wrong, or nothing.
 
         Where `go_on` is False no further one is begun, and those that were not are not yielded.
         """
 
-    def turn(self, plan: MatmulPlan, m: int, like: MatmulPlan | None) -> list[float]:
+    def turn(self, plan: AnyPlan, m: int, like: AnyPlan | None) -> list[float]:
         """Seconds of some calls with `m` rows, the first of which may be slower than the others for want of caches.
 
         The result must be that of `like`. Raises LostError.
@@ -122,28 +122,24 @@ class Tuned:
     interrupted: bool = False
 
 
-def candidates(config: MatmulConfig, target: Target, topk: int) -> dict[int, list[MatmulPlan]]:
+def candidates(config: Config, target: Target, topk: int) -> dict[int, list[AnyPlan]]:
     """The likely `topk` tilings of each bucket's rule, each as a plan of one kernel: the default first, then the cheapest.
 
     Buckets share a plan where they share a tiling, as they will in the operator: it is for the largest of them.
     """
-    config = config.kernel
-    layout = native_layout(config, target)
+    usual = make_plan(config, target)
     offers: dict[int, list[tuple[str, Tiling]]] = {}
     largest: dict[tuple[str, Tiling], int] = {}
-    for m in config.buckets:
-        problem = Problem(config, layout, target, m)
+    for m in usual.config.buckets:
+        problem = usual.problem_of(m)
         rule = select_rule(RULES, problem)
         offers[m] = [(rule.name, tiling) for tiling in rank(problem, rule.tilings(problem))[: max(1, topk)]]
         largest.update(dict.fromkeys(offers[m], m))
-    plans = {
-        key: plan_matmul(replace(config, M=(m,) if config.is_dynamic else m), target, {m: key[1]})
-        for key, m in largest.items()
-    }
+    plans = {key: make_plan(config.for_bucket(m), target, {m: key[1]}) for key, m in largest.items()}
     return {m: [plans[key] for key in keys] for m, keys in offers.items()}
 
 
-def tiling_of(plan: MatmulPlan) -> Tiling:
+def tiling_of(plan: AnyPlan) -> Tiling:
     """The tiling of a candidate."""
     return plan.kernels[0].tiling
 
@@ -156,7 +152,7 @@ class Race:
     ----------
     m : int
         Rows.
-    default : MatmulPlan
+    default : AnyPlan
         What a challenger must beat.
     turn : callable
         Measures a candidate: see `Workbench.turn`.
@@ -165,16 +161,16 @@ class Race:
     """
 
     m: int
-    default: MatmulPlan
-    turn: Callable[[MatmulPlan, int, MatmulPlan | None], list[float]]
-    lost: Callable[[MatmulPlan, str], None]
-    live: list[MatmulPlan] = field(default_factory=list)
-    times: dict[MatmulPlan, list[float]] = field(default_factory=dict)
+    default: AnyPlan
+    turn: Callable[[AnyPlan, int, AnyPlan | None], list[float]]
+    lost: Callable[[AnyPlan, str], None]
+    live: list[AnyPlan] = field(default_factory=list)
+    times: dict[AnyPlan, list[float]] = field(default_factory=dict)
     rounds: int = 0
 
     def run(
         self,
-        entrants: Sequence[MatmulPlan],
+        entrants: Sequence[AnyPlan],
         enter: Callable[[], bool],
         go_on: Callable[[], bool],
         step: Callable[[], None],
@@ -201,7 +197,7 @@ class Race:
             if not go_on():
                 self._drop(most=1)
 
-    def _measure(self, plan: MatmulPlan) -> None:
+    def _measure(self, plan: AnyPlan) -> None:
         like = next((one for one in [self.default, *self.times] if one in self.times and one != plan), None)
         try:
             taken = self.turn(plan, self.m, like)
@@ -232,16 +228,16 @@ class Race:
         kept = [plan for plan in challengers[:keep] if self.score(plan) <= allowed]
         self.live = [plan for plan in self.live if plan == self.default or plan in kept]
 
-    def score(self, plan: MatmulPlan) -> float:
+    def score(self, plan: AnyPlan) -> float:
         """A candidate's time as a part of the default's, the median of the rounds; seconds where the default has none."""
         return statistics.median(own / other for own, other in self._pairs(plan))
 
-    def _pairs(self, plan: MatmulPlan) -> list[tuple[float, float]]:
+    def _pairs(self, plan: AnyPlan) -> list[tuple[float, float]]:
         """The times of a candidate and the default in the rounds that both took part in: what disturbs one disturbs both."""
         own = self.times[plan]
         return list(zip(own, self.times.get(self.default, [1.0] * len(own)), strict=False))
 
-    def compare(self, plan: MatmulPlan) -> tuple[float, float]:
+    def compare(self, plan: AnyPlan) -> tuple[float, float]:
         """How many times as long the default takes, and how far from 1 that must be to count."""
         if plan == self.default or self.default not in self.times:
             return 1.0, 0.0
@@ -250,11 +246,11 @@ class Race:
         deviation = 1.4826 * statistics.median(abs(ratio - gain) for ratio in ratios)
         return gain, MIN_GAIN + STANDARD_ERRORS * 1.2533 * deviation / len(ratios) ** 0.5
 
-    def best(self) -> MatmulPlan:
+    def best(self) -> AnyPlan:
         """The fastest of those that stayed."""
         return min((plan for plan in self.live if plan in self.times), key=self.score)
 
-    def outcome(self, lost: Mapping[MatmulPlan, str]) -> TunedBucket | None:
+    def outcome(self, lost: Mapping[AnyPlan, str]) -> TunedBucket | None:
         """What the rounds so far say: the default unless another is clearly faster; None where nothing was measured."""
         if not any(plan in self.times for plan in self.live):
             return None
@@ -283,12 +279,12 @@ class _Search:
         self.bench, self.clock = bench, clock
         self.began = clock()
         self.deadline = self.began + seconds
-        self.built: set[MatmulPlan] = set()
-        self.lost: dict[MatmulPlan, str] = {}  # for every bucket
+        self.built: set[AnyPlan] = set()
+        self.lost: dict[AnyPlan, str] = {}  # for every bucket
         self.race: Race | None = None
-        self.lost_here: dict[MatmulPlan, str] = {}
+        self.lost_here: dict[AnyPlan, str] = {}
 
-    def bucket(self, m: int, plans: list[MatmulPlan], buckets_left: int, step: Callable[[str], None]) -> TunedBucket:
+    def bucket(self, m: int, plans: list[AnyPlan], buckets_left: int, step: Callable[[str], None]) -> TunedBucket:
         """Build what is not there yet, and race."""
         self.race, self.lost_here = None, {plan: self.lost[plan] for plan in plans if plan in self.lost}
         missing = [plan for plan in plans if plan not in self.built and plan not in self.lost]
@@ -316,7 +312,7 @@ class _Search:
             raise BuildError(f"tuning: none of {len(plans)} tilings for m={m} could be built and run", output=reasons)
         return found
 
-    def _lose(self, m: int, plan: MatmulPlan, error: str) -> None:
+    def _lose(self, m: int, plan: AnyPlan, error: str) -> None:
         self.lost_here[plan] = error
         get_logger().warning("tuning lost %s for m=%d: %s", tiling_of(plan), m, error)
 
@@ -328,7 +324,7 @@ class _Search:
 
 
 def tune(
-    config: MatmulConfig,
+    config: Config,
     target: Target,
     topk: int,
     bench: Workbench,
@@ -340,7 +336,7 @@ def tune(
 
     Parameters
     ----------
-    config, target : MatmulConfig, Target
+    config, target : Config, Target
         What to tune.
     topk : int
         Candidates of a bucket, at least 1.
@@ -372,7 +368,7 @@ def tune(
     total = len(dict.fromkeys(plan for row in plans.values() for plan in row)) + sum(map(len, plans.values()))
     ended, interrupted = "", False
     try:
-        with progress(f"tuning {config.N}x{config.K} {config.W_dtype}", total) as step:
+        with progress(f"tuning {config.describe()}", total) as step:
             for index, (m, row) in enumerate(plans.items()):
                 if index and clock() >= search.deadline:
                     ended = f"{seconds:g} s were over"

@@ -32,9 +32,9 @@ def test_the_pass_builds_each_tiling_and_hands_over_its_kernels(monkeypatch):
 
     seen = []
 
-    def time_on(target, kernels, config, layout, m):
+    def time_on(target, kernels, call):
         function, _ = kernels._functions[0]
-        seen.append((target, m, type(function).__name__, kernels.module["matmul_0"] is not None))
+        seen.append((target, call.m, type(function).__name__, kernels.module["matmul_0"] is not None))
         return 1.0 / len(seen)
 
     monkeypatch.setattr(local, "time_on", time_on)

@@ -23,7 +23,7 @@ from bitblas.checkpoints import LayerSpec, make_config
 from bitblas.codecs import QuantizedWeight, format_tensor
 from bitblas.errors import CheckpointError
 from bitblas.target import host_target
-from fake_store import OTHER_TARGET, TARGET, config, put, tune
+from fake_store import OTHER_TARGET, TARGET, attention, config, put, tune
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = r"[0-9a-f]{64}"
@@ -106,6 +106,47 @@ def test_a_list_in_json(filled, cache):
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", default["built"])
     order = [(row["target"], row["operator"]) for row in found["operators"]]
     assert order == sorted(order)
+
+
+def test_a_list_with_attentions(store, cache):
+    put(store, config(64))
+    put(store, attention())
+    wide = attention(seq_len=32, seq_len_kv=None, dim=128, dim_v=96, is_causal=True, layout="ntn", K_dtype="bfloat16")
+    put(store, wide, tuned=tune(wide))
+    put(store, attention(), bitblas="0.0.1")
+    _, text = cache("list")
+    dims = "attention float16 -> float16, dim=64, rows=1 16 64 256 1024$"
+    assert re.search(f"default +{dims}", text, re.MULTILINE)
+    assert re.search(f"by other versions: {dims}", text, re.MULTILINE)
+    wide_words = "attention float16/bfloat16 -> float16, dim=128 dim_v=96, causal, K transposed, rows=64"
+    assert re.search(f"tuned +{wide_words}$", text, re.MULTILINE)
+    _, found = cache("list", "--json")
+    assert sorted((row["operator"].split()[0], row["tilings"], row["usable"]) for row in found["operators"]) == [
+        ("attention", "", False),
+        ("attention", "default", True),
+        ("attention", "tuned", True),
+        ("float16", "default", True),
+    ]
+    assert cache("verify")[1].endswith("5 entries verified, 0 damaged\n")
+    _, pruned = cache("prune", "--stale", "--json")
+    assert [row["kind"] for row in pruned["removed"]] == ["operator"]
+
+
+def test_a_kind_of_operator_that_this_version_does_not_know(store, cache):
+    from bitblas.build import toolchain
+
+    plan = {"operator": "convolution", "config": {"channels": 3}, "target": TARGET.fields(), "kernels": []}
+    made = {"plan": plan, "toolchain": {**toolchain(), "bitblas": "99"}, "library": LIBRARY, "linker": "none"}
+
+    def fill(staging):
+        (staging / LIBRARY).write_bytes(b"library")
+        return made
+
+    ArtifactStore(store).get_or_build("ab" * 32, fill)
+    status, text = cache("list")
+    assert status == 0
+    assert "by other versions: channels=3" in text
+    assert cache("verify")[0] == 0
 
 
 @pytest.mark.parametrize("verb", ["list", "verify"])

@@ -274,7 +274,7 @@ def test_enable_tuning_takes_a_record_and_never_measures(store, monkeypatch):
     problem = Problem(default.config, default.layout, default.target, 1)
     other = select_rule(RULES, problem).tilings(problem)[1]
     tuner.save_record(uint4(M=1), default.target, {1: tuner.TunedBucket(other, ((other, 1e-6),))})
-    monkeypatch.setattr("bitblas.measuring.time_kernels", None)
+    monkeypatch.setattr("bitblas.operands.time_kernels", None)
     monkeypatch.setattr("bitblas.tuner.runs.tune_here", None)
     assert Matmul(uint4(M=1), enable_tuning=True).plan.tilings == {1: other} != default.tilings
     assert Matmul(uint4(M=1), enable_tuning=True).tuning_record["buckets"]["1"]["candidates"][0]["seconds"] == 1e-6
@@ -472,7 +472,7 @@ def test_latency_is_in_milliseconds(build, monkeypatch):
     assert 0 < op.profile_latency() < 1000
     assert 0 < op.profile_latency(dynamic_symbolic_constraints={"m": 2}) < 1000
     rows = []
-    monkeypatch.setattr("bitblas.measuring.time_kernels", lambda *args: rows.append(args[-1]) or 0.25)
+    monkeypatch.setattr("bitblas.operands.time_kernels", lambda kernels, call: rows.append(call.m) or 0.25)
     assert op.profile_latency() == 250
     assert op.profile_latency({"m": 7}) == 250
     assert rows == [16, 7]

@@ -3,11 +3,22 @@
 import json
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 
 from bad_kernels import library
-from bitblas import BuildError, Matmul, MatmulConfig, RemoteError, UnsupportedError, cli, tuner
+from bitblas import (
+    BuildError,
+    FlashAtten,
+    FlashAttenConfig,
+    Matmul,
+    MatmulConfig,
+    RemoteError,
+    UnsupportedError,
+    cli,
+    tuner,
+)
 from bitblas.target import host_target, resolve_target
 from bitblas.tuner import local, remote
 from bitblas.tuner.search import candidates, tiling_of
@@ -114,6 +125,33 @@ def test_tuning_over_there_is_kept_here(config, address, key, store):
     op = Matmul(config)
     assert op.tuning_record == record
     assert op.plan.tilings == {m: row.tiling for m, row in tuned.buckets.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attentions_are_tuned_over_there(dtype, address, key, store):
+    dtypes = dict.fromkeys(("Q_dtype", "K_dtype", "V_dtype", "Out_dtype"), dtype)
+    config = FlashAttenConfig(heads=4, heads_kv=2, seq_len=8, dim=16, dim_v=24, is_causal=True, layout="ntn", **dtypes)
+    tuned, record = tuner.tune_there(config, host_target(), address, key, topk=2, seconds=SECONDS)
+    assert tuned.ended == ""
+    (row,) = (tuned.buckets[m] for m in config.buckets)
+    assert row.lost == ()
+    assert len(row.seconds) == 2
+    assert all(0 < seconds < 10 for _, seconds in row.seconds)
+    op = FlashAtten(config, enable_tuning=True)
+    assert op.tuning_record == record
+    assert op.plan.tilings == {16: row.tiling}
+
+
+def test_an_attention_that_lies_loses_itself(bench):
+    """Built right, but without the mask: its results are those of another attention."""
+    config = FlashAttenConfig(seq_len=16, dim=16, is_causal=True)
+    good, bad = candidates(config, host_target(), 2)[16]
+    other = replace(good, config=replace(good.config, is_causal=False))
+    assert dict(bench.build([good, other], always)) == {good: "", other: ""}
+    bench._built._built[bad] = bench._built._built[other]
+    assert bench.turn(good, 16, None)
+    with pytest.raises(tuner.LostError, match="gives other results"):
+        bench.turn(bad, 16, good)
 
 
 def test_times_are_those_of_the_kernel(bench):

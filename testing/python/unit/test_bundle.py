@@ -24,10 +24,10 @@ from bitblas.cache.bundle import INDEX, export_bundle, export_store
 from bitblas.cache.importing import import_bundle
 from bitblas.errors import ArgumentError, ArtifactError, BuildError
 from bitblas.ops import provider
-from bitblas.plan import plan_matmul
+from bitblas.plan import make_plan, plan_matmul
 from bitblas.target import resolve_target
 from bitblas.tuner.record import load_record, record_path
-from fake_store import OTHER_TARGET, TARGET, config, put, tune, without_tvm
+from fake_store import OTHER_TARGET, TARGET, attention, config, put, tune, without_tvm
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,11 +49,35 @@ def bundle(store, tmp_path):
 
 
 @pytest.fixture
-def elsewhere(tmp_path):
+def elsewhere_path(tmp_path):
+    return tmp_path / "elsewhere"
+
+
+@pytest.fixture
+def elsewhere(elsewhere_path):
     """An empty store of another machine."""
-    path = tmp_path / "elsewhere"
+    path = elsewhere_path
     with env.scope(BITBLAS_CACHE_DIR=path):
         yield path
+
+
+def test_attentions_go_along(store, tmp_path, elsewhere_path):
+    """Found by their configs, with their tilings, and with all of the store."""
+    cfg = attention(is_causal=True)
+    with env.scope(BITBLAS_CACHE_DIR=store):
+        tilings = tune(cfg)
+        made = put(store, cfg, tuned=tilings)
+        path = tmp_path / "attention.tar"
+        exported = export_bundle(path, [cfg, config()] if put(store, config()) else [], [TARGET])
+        assert made.key in {artifact.key for artifact in exported.operators}
+        assert (len(exported.operators), exported.tuning) == (2, 1)
+        assert {a.key for a in export_store(tmp_path / "all.tar").operators} == {a.key for a in exported.operators}
+    with env.scope(BITBLAS_CACHE_DIR=elsewhere_path):
+        imported = import_bundle(path)
+        assert made.key in imported.added
+        assert imported.manifests[made.key]["plan"]["operator"] == "attention"
+        assert load_record(cfg, TARGET) == tilings
+        assert provider.store().load(provider.plan_key(make_plan(cfg, TARGET, tilings))).key == made.key
 
 
 def tree(root):

@@ -56,6 +56,20 @@ def test_an_equal_config_finds_it(lazy):
     assert found.get(config(with_scaling=True)) is None
 
 
+def test_attentions_and_matmuls_side_by_side(lazy):
+    found, asked = OperatorCache(), bitblas.FlashAttenConfig(heads=4, seq_len=8, dim=16)
+    attention = bitblas.FlashAtten(asked, target="llvm", from_database=True)
+    assert found.get(asked) is None
+    found.add(config(), lazy)
+    found.add(asked, attention)
+    assert found.size() == 2
+    assert found.get(bitblas.FlashAttenConfig(None, 4, 8, 16, heads_kv=4, softmax_scale=0.25)) is attention
+    assert found.get(config()) is lazy
+    assert not found.exists(bitblas.FlashAttenConfig(heads=4, seq_len=8, dim=16, seq_len_kv=None))
+    with pytest.raises(bitblas.ArgumentError, match="must be that of the operator"):
+        found.add(asked, lazy)
+
+
 def test_caches_are_apart_and_one_is_shared(lazy):
     one, other = OperatorCache(), OperatorCache()
     one.add(config(), lazy)

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from bitblas import MatmulConfig, cards, env, measuring, tuner
+from bitblas import FlashAttenConfig, MatmulConfig, cards, env, measuring, operands, tuner
 from bitblas.errors import UnsupportedError
 from bitblas.layout import PackedLayout
 from bitblas.machines import Card
-from bitblas.plan import KernelPlan, MatmulPlan
+from bitblas.operands import draw_call
+from bitblas.plan import AttentionPlan, KernelPlan, MatmulPlan
 from bitblas.runtime import Kernels
-from bitblas.schedule import MatmulTiling, ScheduleRule
+from bitblas.schedule import AttentionTiling, MatmulTiling, Problem, ScheduleRule
 from bitblas.target import Target, resolve_target
 from bitblas.tuner import LostError, children, local, record
 from bitblas.tuner.search import candidates, tiling_of
@@ -81,19 +82,22 @@ def test_weights_go_round_the_cache_of_the_card():
     assert cards.cache_bytes_of(resolve_target("haswell")) is None
     layout = PackedLayout(4096, 4096, 4, "packed")
     wide = replace(CONFIG, M=1, N=4096, K=4096)
-    found = measuring.Operands(wide, layout, 1, cache=50 << 20)
-    assert len(found.weights) == 25  # 8 MB each, four times 50 MB
-    assert all(torch.equal(found.weights[0], other) for other in found.weights[1:])
-    assert len({other.data_ptr() for other in found.weights}) == 25
+    found = operands.Operands(draw_call(Problem(wide, layout, CARD, 1)), cache=50 << 20)
+    weights = [weight for (weight,) in found.copies]
+    assert len(weights) == 25  # 8 MB each, four times 50 MB
+    assert all(torch.equal(weights[0], other) for other in weights[1:])
+    assert len({other.data_ptr() for other in weights}) == 25
 
 
 def test_operands_are_the_same_on_every_device():
-    layout = PackedLayout(64, 128, 4, "packed")
-    here = measuring.random_operands(CONFIG, layout, 3)
-    there = measuring.random_operands(CONFIG, layout, 3, torch.device("meta"))
-    assert there[0].device.type == "meta"
-    assert [(t.shape, t.dtype) for t in here[1]] == [(t.shape, t.dtype) for t in there[1]]
-    assert torch.equal(measuring.random_operands(CONFIG, layout, 3)[0], here[0])
+    problem = Problem(CONFIG, PackedLayout(64, 128, 4, "packed"), CARD, 3)
+    here = draw_call(problem)
+    there = here.to(torch.device("meta"))
+    assert {t.device.type for t in (*there.inputs, there.out)} == {"meta"}
+    assert [(t.shape, t.dtype) for t in here.inputs] == [(t.shape, t.dtype) for t in there.inputs]
+    with torch.device("meta"):
+        again = draw_call(problem)
+    assert all(torch.equal(one, other) for one, other in zip(here.inputs, again.inputs, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -155,6 +159,36 @@ def test_the_runner_times_batches_and_compares_results():
     assert watch.prepared == [95] * 4  # other operands
 
 
+class Attention(dict):
+    """A library of one kernel for attention, which writes a number."""
+
+    def __init__(self, value):
+        super().__init__(attention_0=lambda q, k, v, out: out.fill_(value))
+
+
+def attention_plan(tiling):
+    return AttentionPlan(FlashAttenConfig(dim=16).kernel, CARD, (KernelPlan("attention_0", "fake", tiling, (16,)),))
+
+
+def attention_kernels(value):
+    return Kernels(Attention(value), [(16, "attention_0", 1 << 40)])
+
+
+def test_attentions_are_timed_in_batches_and_compared():
+    watch = FakeStopwatch(1.1e-4)
+    runner = local.Runner(watch)
+    first, other = attention_plan(AttentionTiling(64, 64)), attention_plan(AttentionTiling(64, 128))
+    taken = runner.turn(attention_kernels(1.0), first, 16, None)
+    assert taken == pytest.approx([1.1e-4] * len(taken))
+    count = 132 * 16 * 16  # a head for each multiprocessor, 16 queries of 16 numbers
+    said = runner.turn(attention_kernels(1.5), other, 16, attention_kernels(1.0))
+    assert f"gives other results: {count} of {count} numbers differ" in said
+    copies = -(-(200 << 20) // (2 * 132 * 1024 * 16 * 2))  # keys and values of so many bytes, four times the L2 cache
+    assert watch.prepared == [copies] * 2
+    call = draw_call(first.problem_of(16))
+    assert cards.time_on(CARD, attention_kernels(1.0), call, FakeStopwatch(3e-5)) == pytest.approx(3e-5)
+
+
 def test_a_card_that_still_computes_loses_the_candidate_alone():
     error = RuntimeError("CUDA error: invalid argument\nfurther lines")
     assert local.end_unless_usable(error, lambda: None) == "cannot be run: CUDA error: invalid argument"
@@ -192,7 +226,8 @@ def test_a_job_on_a_card_says_what_cannot_be_run(monkeypatch):
 
 def test_time_of_an_operator_on_a_card():
     layout = PackedLayout(64, 128, 4, "packed")
-    assert cards.time_on(CARD, kernels(1.0), CONFIG, layout, 16, FakeStopwatch(3e-5)) == pytest.approx(3e-5)
+    call = draw_call(Problem(CONFIG, layout, CARD, 16))
+    assert cards.time_on(CARD, kernels(1.0), call, FakeStopwatch(3e-5)) == pytest.approx(3e-5)
 
 
 # -- the search ------------------------------------------------------------------------------------------------------------

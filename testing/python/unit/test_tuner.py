@@ -3,12 +3,14 @@
 import json
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 
-from bitblas import BuildError, MatmulConfig, env, tuner
+from bitblas import BuildError, FlashAttenConfig, MatmulConfig, env, tuner
+from bitblas.config import QUERY_BUCKETS, read_config
 from bitblas.errors import RemoteError
-from bitblas.plan import plan_matmul
+from bitblas.plan import AttentionPlan, make_plan, plan_attention, plan_matmul
 from bitblas.schedule import LaneTiling
 from bitblas.target import resolve_target
 from bitblas.tuner.search import MAX_ROUNDS, MIN_ROUNDS, Race, candidates, tiling_of
@@ -88,6 +90,39 @@ def test_candidates_begin_with_the_default_and_are_shared_among_buckets():
 def test_a_fixed_m_stays_one():
     (row,) = candidates(MatmulConfig(M=5, N=64, K=64, W_dtype="int4"), TARGET, 3).values()
     assert {plan.config.M for plan in row} == {5}
+
+
+ATTENTION = FlashAttenConfig(heads=8, dim=64, is_causal=True)
+
+
+def test_candidates_of_an_attention():
+    found = candidates(ATTENTION, TARGET, 20)
+    assert tuple(found) == ATTENTION.buckets == QUERY_BUCKETS
+    assert {m: tiling_of(row[0]) for m, row in found.items()} == plan_attention(ATTENTION, TARGET).tilings
+    for m, row in found.items():
+        assert len(row) == len(set(row)) > 1
+        assert all(isinstance(plan, AttentionPlan) and len(plan.kernels) == 1 for plan in row)
+        assert all(plan.kernels[0].name == "attention_0" and plan.kernels[0].buckets[0] >= m for plan in row)
+        assert all(plan.config.heads is None for plan in row)
+    (row,) = candidates(FlashAttenConfig(heads=8, heads_kv=2, seq_len=5, dim=64), TARGET, 1).values()
+    assert [plan.kernels[0].buckets for plan in row] == [(64,)]  # twenty rows
+
+
+def test_an_attention_is_tuned_and_its_record_is_for_all_heads(tmp_path):
+    fast = {m: tiling_of(row[-1]) for m, row in candidates(ATTENTION, TARGET, 20).items()}
+    default = plan_attention(ATTENTION, TARGET).tilings
+    found = Bench(lambda plan, m, turn: 5e-4 if tiling_of(plan) == fast[m] else 1e-3).tune(config=ATTENTION)
+    assert {m: row.tiling for m, row in found.buckets.items()} == fast
+    assert all(row.default == default[m] for m, row in found.buckets.items())
+    with env.scope(BITBLAS_CACHE_DIR=tmp_path):
+        record = tuner.save_record(ATTENTION, TARGET, found.buckets)
+        assert record["operator"] == "attention"
+        assert read_config(record) == ATTENTION
+        others = (FlashAttenConfig(dim=64, is_causal=True), FlashAttenConfig(1, 4, dim=64, is_causal=True, heads_kv=2))
+        for other in (ATTENTION, *others):
+            assert make_plan(other, TARGET, tuner.load_record(other, TARGET)).tilings == fast
+        for other in (replace(ATTENTION, dim=32), replace(ATTENTION, is_causal=False)):
+            assert tuner.load_record(other, TARGET) is None
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------------
