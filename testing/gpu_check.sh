@@ -151,7 +151,8 @@ if [ "$failed" -ne 0 ]; then
   echo "there is no CUDA device, or no torch that sees it: see $out/logs.txt" >&2
   exit 1
 fi
-tests rules 150 "$run/test_cuda_operator.py" -k "test_each_rule and not sanitizer"
+both=("$run/test_cuda_operator.py" "$run/test_cuda_attention.py")
+tests rules 150 "${both[@]}" -k "(test_each or test_beside) and not sanitizer"
 if [ -n "$dry" ]; then
   tests streams 100 "$run/test_cuda_streams.py"
 else
@@ -159,8 +160,8 @@ else
   stage streams 100 "$python" -m pytest -q -m cuda -p no:cacheprovider --store "$work/store" "$run/test_cuda_streams.py"
 fi
 benchmark goals 210 --goals
-tests sanitizer 120 "$run/test_cuda_operator.py" -k sanitizer
-tests operators 60 "$run/test_cuda_operator.py" -k "not test_each_rule and not tiling"
+tests sanitizer 120 "${both[@]}" -k sanitizer
+tests operators 60 "${both[@]}" -k "not test_each and not test_beside and not tiling and not sanitizer"
 tests run 150 "$run" --every 5 --examples 5 -k "not test_cuda_"
 tests tuning 60 "$run/test_cuda_tuning.py"
 benchmark formats 300 --quick

@@ -65,6 +65,17 @@ BITBLAS_DEVICE void bitblas_copy_async(void* to, const void* from, int num_bytes
 #endif
 }
 
+// … where num_bytes may be any even number up to 16.
+BITBLAS_DEVICE void bitblas_copy_part(void* to, const void* from, int num_bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  bitblas_copy_async(to, from, num_bytes);
+#else
+  unsigned short* shared = static_cast<unsigned short*>(to);
+  for (int half = 0; half < 8; ++half)
+    shared[half] = 2 * half < num_bytes ? static_cast<const unsigned short*>(from)[half] : 0;
+#endif
+}
+
 // Weights to shared memory, likewise: 16, 8 or 4 bytes, aligned to that.
 #define BITBLAS_COPY_BY_REGISTERS(size)      \
   unsigned words[4];                         \
@@ -119,6 +130,29 @@ BITBLAS_DEVICE void bitblas_wait_copies() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #endif
+}
+
+// Four matrices of 8 x 8 halves; lane l names the address of row l % 8 of matrix l / 8. A thread gets two neighbours of a row:
+// row lane / 4, columns 2 * (lane % 4) and the next.
+BITBLAS_DEVICE void bitblas_load_matrices(unsigned* out, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(bitblas_shared_address(row)));
+}
+
+// … two neighbours of a column: column lane / 4, rows 2 * (lane % 4) and the next.
+BITBLAS_DEVICE void bitblas_load_matrices_trans(unsigned* out, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(bitblas_shared_address(row)));
+}
+
+// 16 bytes, aligned to that.
+BITBLAS_DEVICE void bitblas_store_16(void* to, const unsigned* words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 // Four sums in a row, aligned to 16 bytes, which other blocks may have written.

@@ -48,6 +48,19 @@ BITBLAS_DEVICE unsigned bitblas_pack_bf16(float low, float high) {
   return w;
 }
 
+// Two floats to float16, the first in the lower half.
+BITBLAS_DEVICE unsigned bitblas_pack_f16(float low, float high) {
+  unsigned w;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
+#else
+  asm("{ .reg .b16 first, second; cvt.rn.f16.f32 first, %1; cvt.rn.f16.f32 second, %2; mov.b32 %0, {first, second}; }"
+      : "=r"(w)
+      : "f"(low), "f"(high));
+#endif
+  return w;
+}
+
 BITBLAS_DEVICE float bitblas_float_of_bits(unsigned bits) {
   float x;
   asm("mov.b32 %0, %1;" : "=f"(x) : "r"(bits));

@@ -250,12 +250,24 @@ def _call_checked(function: Any, arguments: Sequence[Any]) -> None:
     library.emulator_allow(0, 0, b"nothing")
     for number, tensor in enumerate(arguments):
         if isinstance(tensor, torch.Tensor) and tensor.numel():
-            size = tensor.numel() * tensor.element_size()
+            size = _span(tensor) * tensor.element_size()
             library.emulator_allow(tensor.data_ptr(), size, f"argument {number} {tuple(tensor.shape)}".encode())
     try:
         function(*arguments)
     finally:
         library.emulator_allow_all()
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last, gaps included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the strides, and what lies in gaps."""
+    if tensor.is_contiguous():
+        return tensor.clone()
+    return tensor.as_strided((_span(tensor),), (1,)).clone().as_strided(tensor.shape, tensor.stride())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -271,7 +283,8 @@ def run(function: Any, *arguments: Any, seeds: Sequence[int] = (0, 1), identical
     function : tvm_ffi.Function
         Of a module that `load` returned.
     *arguments : torch.Tensor or int
-        Tensors, contiguous, on the CPU. Each order starts from copies of them; in the end they hold the results.
+        Tensors on the CPU. Each order starts from copies of them, strides and gaps included; in the end those that are
+        contiguous hold the results.
     seeds : sequence of int
         The orders.
     identical : bool
@@ -293,7 +306,7 @@ def run(function: Any, *arguments: Any, seeds: Sequence[int] = (0, 1), identical
     first: list[Any] | None = None
     counts = statistics()
     for seed in seeds:
-        copies = [argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        copies = [_copied(argument) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
         with _Loaded.calls:
             set_seed(seed)
             reset_statistics()
@@ -310,5 +323,6 @@ def run(function: Any, *arguments: Any, seeds: Sequence[int] = (0, 1), identical
                     )
     if first is not None:
         for i in tensors:
-            arguments[i].copy_(first[i])
+            if arguments[i].is_contiguous():
+                arguments[i].copy_(first[i])
     return counts

@@ -273,9 +273,10 @@ def emulate(replace: Callable[[object, str, object], None]) -> None:
 
     from bitblas import build, env, runtime
     from bitblas.cuda import compile as cuda_compile
-    from bitblas.ops import matmul
+    from bitblas.ops import attention, matmul
     from bitblas.ops.arguments import Door
     from bitblas.ops.cuda_arguments import ALIGNMENT, CudaDoor
+    from bitblas.ops.cuda_attention_arguments import CudaAttentionDoor
 
     class EmulatedDoor(CudaDoor):
         device = "cpu"
@@ -290,6 +291,12 @@ def emulate(replace: Callable[[object, str, object], None]) -> None:
                 return None
             m, operands, out, shape = entered
             return m, [t.clone() if t.data_ptr() % ALIGNMENT else t for t in operands], out, shape
+
+    class EmulatedAttentionDoor(CudaAttentionDoor):
+        device = "cpu"
+
+        def _check_device(self, q: torch.Tensor) -> None:
+            """Any CPU emulates any card."""
 
     def compile_library(_: str, source: Path, library: Path, arch: str) -> dict[str, object]:
         rooms = env.CACHE_DIR.get() / "emulator"
@@ -307,4 +314,5 @@ def emulate(replace: Callable[[object, str, object], None]) -> None:
     replace(runtime, "tvm_ffi", SimpleNamespace(load_module=load_module))
     replace(runtime, "workspaces", _Rooms())
     replace(matmul, "CudaDoor", EmulatedDoor)
+    replace(attention, "CudaAttentionDoor", EmulatedAttentionDoor)
     replace(build, "find_cuda_compiler", cuda_compile.find_cuda_compiler)

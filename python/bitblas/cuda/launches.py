@@ -1,7 +1,7 @@
 """How the kernels of a function are launched, read out of TVM's host functions, for libraries that hold kernels only.
 
-An expression is an int, or a list: ``["dim", tensor, axis]`` is a size of an argument of the function, ``["data", tensor]`` its
-address, and ``[operator, x, y]`` a sum, a product and so on of two expressions.
+An expression is an int, or a list: ``["dim", tensor, axis]`` is a size of an argument of the function, and ``["stride", tensor,
+axis]`` a stride, ``["data", tensor]`` its address, and ``[operator, x, y]`` a sum, a product and so on of two expressions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
     "Min": min,
     "Max": max,
 }
-#: Of `tvm_struct_get`: a tensor's address and shape, an argument's type and value, an element of an array.
-_DATA, _SHAPE, _TYPE, _VALUE, _ELEMENT = 1, 2, 13, 15, 17
+#: Of `tvm_struct_get`: a tensor's address, shape and strides, an argument's type and value, an element of an array.
+_DATA, _SHAPE, _STRIDES, _TYPE, _VALUE, _ELEMENT = 1, 2, 3, 13, 15, 17
 
 Expression = Any
 
@@ -75,6 +75,8 @@ def evaluate(expression: Expression, tensors: Sequence[Any]) -> int:
         return tensors[parts[0]].data_ptr()
     if kind == "dim":
         return tensors[parts[0]].shape[parts[1]]
+    if kind == "stride":
+        return tensors[parts[0]].stride(parts[1])
     first, second = parts
     return _OPERATORS[kind](evaluate(first, tensors), evaluate(second, tensors))
 
@@ -153,9 +155,11 @@ class _Reader:
             return [kind, self._read(expr.a), self._read(expr.b)]
         if _is_call(expr, "reinterpret"):
             return self._read(expr.args[0])
-        if _is_call(expr, "if_then_else"):  # a tensor, as an object or as DLPack's structure
+        if _is_call(
+            expr, "if_then_else"
+        ):  # a tensor, as an object or as DLPack's structure; a stride, which torch always tells
             found = self._read(expr.args[2])
-            if isinstance(found, list) and found[0] == "tensor":
+            if isinstance(found, list) and found[0] in ("tensor", "stride"):
                 return found
         if _is_call(expr, "tvm_struct_get"):
             return self._field(*expr.args)
@@ -165,10 +169,10 @@ class _Reader:
         found, index, kind = self._read(holder), int(index), int(kind)
         if found == ["args"] and kind == _VALUE:
             return ["tensor", index]
-        if found[0] == "tensor" and kind in (_DATA, _SHAPE):
-            return ["data" if kind == _DATA else "shape", found[1]]
-        if found[0] == "shape" and kind == _ELEMENT:
-            return ["dim", found[1], index]
+        if found[0] == "tensor" and kind in (_DATA, _SHAPE, _STRIDES):
+            return [{_DATA: "data", _SHAPE: "shape", _STRIDES: "strides"}[kind], found[1]]
+        if found[0] in ("shape", "strides") and kind == _ELEMENT:
+            return ["dim" if found[0] == "shape" else "stride", found[1], index]
         raise BuildError(
             f"the launch of a kernel needs field {kind} of an argument, which is not understood without nvcc"
         )

@@ -14,6 +14,7 @@ from ..plan import AttentionPlan
 from ..target import Target
 from .arguments import PLAIN, check_kind
 from .attention_arguments import AttentionDoor
+from .cuda_attention_arguments import CudaAttentionDoor
 from .operator import Operator
 from .provider import Provided
 from .registry import announce, makers
@@ -91,7 +92,7 @@ class FlashAtten(Operator):
         **options: Any,
     ) -> None:
         super()._install(config, plan, provided, name, backend, record, **options)
-        self._door = AttentionDoor(config)
+        self._door = CudaAttentionDoor(config, plan) if plan.target.kind == "cuda" else AttentionDoor(config)
         #: names this operator in a graph of torch
         self._spec = attention_spec(config, plan.target)
         announce(self._spec, self)

@@ -74,7 +74,8 @@ class CudaDoor(Door):
         """The index of the device that all are on; those that are not aligned are replaced by copies."""
         index = operands[0].get_device()
         if index not in self._able:
-            self._check_device(operands[0])
+            check_device("A", operands[0], self.device, self._target)
+            self._able.add(index)
         for place, tensor in enumerate(operands):
             if tensor.get_device() != index:  # which is below 0 for those that are on no card
                 self._refuse(self._operands[place - 1].name, tensor, operands[0])
@@ -90,20 +91,21 @@ class CudaDoor(Door):
             f"{name} begins at an address that {ALIGNMENT} does not divide, so that each call copies it; keep a copy of it",
         )
 
-    def _check_device(self, a: torch.Tensor) -> None:
-        if not a.is_cuda:
-            raise ArgumentError(f"A is on device {a.device}; this operator runs on {self.device}")
-        arch = device_arch(a.get_device())
-        if not runs_on(self._target.arch, arch):
-            raise UnsupportedError(
-                f"A is on {a.device}, of compute capability {arch}, and this operator was built for {self._target.arch}, which "
-                f"does not run there; construct another with target='cuda -arch={arch}'"
-            )
-        self._able.add(a.get_device())
-
     def _refuse(self, name: str, tensor: torch.Tensor, a: torch.Tensor) -> None:
         if tensor.device != a.device:
             raise ArgumentError(f"{name} is on device {tensor.device}; expected {a.device}, where A is")
         raise ArgumentError(
             f"{name} begins at the address {tensor.data_ptr():#x}; it must be a multiple of {ALIGNMENT}"
+        )
+
+
+def check_device(name: str, tensor: torch.Tensor, kind: str, target: Target) -> None:
+    """Raise ArgumentError unless a tensor is on a device of a kind, UnsupportedError unless that can run a target's code."""
+    if tensor.device.type != kind:
+        raise ArgumentError(f"{name} is on device {tensor.device}; this operator runs on {kind}")
+    arch = device_arch(tensor.get_device())
+    if not runs_on(target.arch, arch):
+        raise UnsupportedError(
+            f"{name} is on {tensor.device}, of compute capability {arch}, and this operator was built for {target.arch}, which "
+            f"does not run there; construct another with target='cuda -arch={arch}'"
         )

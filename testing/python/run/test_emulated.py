@@ -7,12 +7,12 @@ import card_cases
 import devices
 import reference
 from bitblas import ArgumentError, Matmul, MatmulConfig
-from bitblas.schedule import RULES
+from bitblas.schedule import RULES, Problem
 from bitblas.target import resolve_target
 
 pytest.importorskip("emulator")
 
-RULE_NAMES = [rule.name for rule in RULES if rule.target_kind == "cuda"]
+RULE_NAMES = [rule.name for rule in RULES if rule.target_kind == "cuda" and rule.solves is Problem]
 
 
 pytestmark = pytest.mark.usefixtures("emulated")

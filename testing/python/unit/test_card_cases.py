@@ -4,10 +4,10 @@ import pytest
 
 import card_cases
 from bitblas.plan import plan_matmul
-from bitblas.schedule import RULES
+from bitblas.schedule import RULES, Problem
 from bitblas.target import resolve_target
 
-NAMES = {rule.name for rule in RULES if rule.target_kind == "cuda"}
+NAMES = {rule.name for rule in RULES if rule.target_kind == "cuda" and rule.solves is Problem}
 ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90")
 
 
