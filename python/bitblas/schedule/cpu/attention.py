@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..rule import AttentionProblem, AttentionRule
 from .attention_tiling import LaneAttentionTiling
 from .floats import FLOAT_UNITS
+from .pairs import PAIR_UNITS
 from .units import Unit
 
 if TYPE_CHECKING:
@@ -41,4 +42,20 @@ class LaneAttentionRule(AttentionRule[LaneAttentionTiling]):
         return LaneAttention(problem.config, tiling).func(str(func.attrs["global_symbol"]))
 
 
-CPU_ATTENTION_RULES: tuple[LaneAttentionRule, ...] = (*(LaneAttentionRule(unit) for unit in FLOAT_UNITS),)
+class PairAttentionRule(LaneAttentionRule):
+    """The same in bfloat16, two products at a time; weights are rounded to bfloat16."""
+
+    dot = "bf16"
+
+    def decline(self, problem: AttentionProblem) -> str | None:
+        """See `Rule`."""
+        config = problem.config
+        if any(dtype != "bfloat16" for dtype in (config.Q_dtype, config.K_dtype, config.V_dtype)):
+            return f"multiplies bfloat16, not {config.Q_dtype}, {config.K_dtype} and {config.V_dtype}"
+        return super().decline(problem)
+
+
+CPU_ATTENTION_RULES: tuple[LaneAttentionRule, ...] = (
+    *(PairAttentionRule(unit) for unit in PAIR_UNITS),
+    *(LaneAttentionRule(unit) for unit in FLOAT_UNITS),
+)

@@ -14,6 +14,7 @@ from tvm.tirx.script.builder import ir as B
 
 from ...expr.streams import join_bytes, stream_code
 from ...layout import LANES
+from .transpose import exchanged
 
 _UNSIGNED = {1: "uint8x16", 2: "uint16x16", 4: "int32x16"}
 
@@ -110,9 +111,7 @@ def transpose_lanes(dtype: str, width: int, rows_ahead: int = 0) -> str:
                 )
                 return joined.astype(f"float32x{LANES}")
             low, high = register(i & ~distance, distance * 2), register(i | distance, distance * 2)
-            move = distance if i & distance else 0
-            lanes = [x + move if not x & distance else x + move - distance + LANES for x in range(LANES)]
-            return tirx.Shuffle([low, high], [tirx.const(x, "int32") for x in lanes])
+            return exchanged(low, high, distance, bool(i & distance), LANES)
 
         return register(row, 1)
 

@@ -1,0 +1,260 @@
+"""How an attention's operands reach a thread's own memory, and its results the output. Importing this imports TVM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as B
+
+from ...config import FlashAttenConfig
+from .attention_operands import FloatOperands, PairOperands, Row
+from .attention_tiling import LaneAttentionTiling
+from .transpose import transposed
+
+#: What a maximum begins with: a finite number, so that what is not seen, -inf, is infinitely far below it.
+LOWEST = -3.4028234663852886e38
+
+
+def i32(value: Any) -> Expr:
+    """As int32."""
+    return tirx.const(value, "int32") if isinstance(value, int) else value.astype("int32")
+
+
+def i64(value: Any) -> Expr:
+    """As int64."""
+    return tirx.const(value, "int64") if isinstance(value, int) else value.astype("int64")
+
+
+def let(name: str, value: Expr) -> Expr:
+    """A variable that holds a value."""
+    bound = B.bind(value)
+    IRBuilder.name(name, bound)
+    return bound
+
+
+def alloc(name: str, size: int, dtype: str = "float32", scope: str = "global") -> tirx.Buffer:
+    """Memory of a thread."""
+    found = B.sblock_alloc_buffer((size,), dtype, scope=scope)
+    IRBuilder.name(name, found)
+    return found
+
+
+@contextmanager
+def loop(name: str, size: Expr | int) -> Iterator[Expr]:
+    """A loop, left out where it has no turns."""
+    if isinstance(size, int) and size == 1:
+        yield i32(0)
+        return
+    with B.serial(0, size) as var:
+        IRBuilder.name(name, var)
+        yield var
+
+
+class AttentionPanels:
+    """Panels of words: what a task holds in its caches.
+
+    Queries and outputs stand in the lanes: `queries_t` (words, rows), `sums` (dim_v, rows). Keys lie as in memory,
+    (keys, words) or for "ntn" (words, keys); values as (words of keys, dim_v).
+    """
+
+    #: Arguments, and where a task is in them: set by the program that uses this.
+    q: tirx.Buffer
+    k: tirx.Buffer
+    v: tirx.Buffer
+    out: tirx.Buffer
+    batch_at: Expr
+    head_at: Expr
+    first_row: Expr
+    num_rows: Expr
+    group: Expr
+    num_queries: Expr
+    num_keys: Expr
+
+    def __init__(self, config: FlashAttenConfig, tiling: LaneAttentionTiling) -> None:
+        self.config, self.tiling = config, tiling
+        self.lanes, self.rows, self.keys = tiling.lanes, tiling.block_m, tiling.block_n
+        self.operands = (PairOperands if tiling.dot else FloatOperands)(tiling.lanes)
+        self.depth = self.operands.depth
+        self.words = -(-config.dim // self.depth)
+        self.scale = config.softmax_scale * math.log2(math.e)
+
+    # -- registers ---------------------------------------------------------------------------------------------------------
+
+    def load(self, buffer: tirx.Buffer, first: Expr | int) -> Expr:
+        """A vector."""
+        return buffer.vload([first], f"{buffer.dtype}x{self.lanes}")
+
+    def store(self, buffer: tirx.Buffer, first: Expr | int, value: Expr) -> None:
+        """A vector."""
+        B.buffer_store(buffer, value, [B.ramp(i32(first), 1, self.lanes)])
+
+    def spread(self, value: Expr | float) -> Expr:
+        """A value in all lanes."""
+        value = tirx.const(value, "float32") if isinstance(value, float) else value
+        return tirx.Broadcast(value, self.lanes)
+
+    def fill(self, buffer: tirx.Buffer, size: int, value: float) -> None:
+        """Set all elements; a register's width divides their number."""
+        with loop("at", size // self.lanes) as at:
+            self.store(buffer, at * self.lanes, self.spread(value))
+
+    # -- queries -----------------------------------------------------------------------------------------------------------
+
+    def allocate(self) -> None:
+        """Reserve the panels."""
+        rows, operands, dim_v = self.rows, self.operands, self.config.dim_v
+        self.queries_t = alloc("queries_t", self.words * rows, operands.dtype)
+        self.keys_held = alloc("keys_held", self.keys * self.words, operands.dtype)
+        self.values_held = alloc("values_held", self.keys // self.depth * dim_v, operands.dtype)
+        self.sums = alloc("sums", dim_v * rows)
+        self.maxima, self.totals = alloc("maxima", rows), alloc("totals", rows)
+        self.limits = alloc("limits", rows, "int32")
+
+    def row(self, index: Expr) -> tuple[Expr, Expr]:
+        """Query and head of a row of the block; rows beyond the end are the last."""
+        found = let("row", tirx.min(self.first_row + i64(index), self.num_rows - 1))
+        query = let("query", tirx.truncdiv(found, self.group))
+        return query, let("query_head", self.head_at * self.group + (found - query * self.group))
+
+    def take_queries(self) -> None:
+        """Queries, sixteen at a time, beside each other; how far each sees; and nothing as their sums."""
+        lanes, whole = self.lanes, self.config.dim // self.depth // self.lanes
+        with loop("few", self.rows // lanes) as few:
+            rows = [self.row(few * lanes + i) for i in range(lanes)]
+            for i, (query, _) in enumerate(rows):
+                limit = self.num_keys - 1
+                if self.config.is_causal:
+                    limit = tirx.min(limit, query + (self.num_keys - self.num_queries))
+                B.buffer_store(self.limits, tirx.max(limit, i64(-1)).astype("int32"), [few * lanes + i])
+            sources = [self._query(query, head) for query, head in rows]
+            if whole:
+                with loop("words", whole) as step:
+                    vectors = [
+                        let("q", self._scaled(self.operands.along(self.q, row, step * lanes), lanes)) for row in sources
+                    ]
+                    for i, vector in enumerate(transposed(vectors, lanes, lambda x: let("t", x))):
+                        self.store(self.queries_t, (step * lanes + i) * self.rows + few * lanes, vector)
+            for word in range(whole * lanes, self.words):
+                size = min(self.depth, self.config.dim - word * self.depth)
+                for i, row in enumerate(sources):
+                    value = self._scaled(self.operands.one_along(self.q, row, i32(word), size), 1)
+                    B.buffer_store(self.queries_t, value, [word * self.rows + few * lanes + i])
+        self.fill(self.maxima, self.rows, LOWEST)
+        self.fill(self.totals, self.rows, 0.0)
+        self.fill(self.sums, self.config.dim_v * self.rows, 0.0)
+
+    def _query(self, query: Expr, head: Expr) -> Row:
+        return lambda d: [self.batch_at, query, head, i64(d)]
+
+    def _scaled(self, value: Expr, lanes: int) -> Expr:
+        if not self.operands.scales_queries:
+            return value
+        scale = tirx.const(self.scale, "float32")
+        return value * (tirx.Broadcast(scale, lanes) if lanes > 1 else scale)
+
+    # -- keys and values ---------------------------------------------------------------------------------------------------
+
+    def take_keys(self, first_key: Expr) -> None:
+        """A block of keys and values; values beyond the end are 0, so that nothing is what 0 makes of them."""
+        held = let("held", tirx.min(i64(self.keys), self.num_keys - i64(first_key)).astype("int32"))
+        first = let("first", i64(first_key))
+        b, h, dim = self.batch_at, self.head_at, self.config.dim
+        if self.config.layout == "nnn":
+            with loop("key", held) as j:
+                self._copy_along(lambda d: [b, first + i64(j), h, i64(d)], j * self.words)
+        else:
+            whole = dim // self.depth
+            with loop("word", whole) as w:
+                rows = [self._transposed_key(w * self.depth + i, first) for i in range(self.depth)]
+                self._copy_across(self.keys_held, self.k, w * self.keys, rows, held)
+            if dim % self.depth:
+                row = self._transposed_key(i32(dim - 1), first)
+                self._copy_across(self.keys_held, self.k, i32(whole * self.keys), [row], held)
+        self._take_values(first, held)
+
+    def _transposed_key(self, d: Expr, first: Expr) -> Row:
+        return lambda j: [self.batch_at, i64(d), self.head_at, first + i64(j)]
+
+    def _take_values(self, first: Expr, held: Expr) -> None:
+        dim_v, depth = self.config.dim_v, self.depth
+
+        def row(key: Expr) -> Row:
+            return lambda e: [self.batch_at, first + i64(key), self.head_at, i64(e)]
+
+        whole = tirx.truncdiv(held, i32(depth)) if depth > 1 else held
+        with loop("keys", whole) as j:
+            rows = [row(j * depth + i) for i in range(depth)]
+            self._copy_across(self.values_held, self.v, j * dim_v, rows, dim_v)
+        begun = whole
+        if depth > 1:
+            with B.If(tirx.truncmod(held, i32(depth)) != 0), B.Then():
+                self._copy_across(self.values_held, self.v, whole * dim_v, [row(held - 1)], dim_v)
+            begun = let("begun", tirx.truncdiv(held + (depth - 1), i32(depth)))
+        with loop("at", (self.keys // depth - begun) * dim_v) as at:
+            B.buffer_store(self.values_held, tirx.const(0, self.operands.dtype), [begun * dim_v + at])
+
+    def _copy_along(self, row: Row, place: Expr) -> None:
+        """A key as words."""
+        dim, lanes = self.config.dim, self.lanes
+        whole = dim // self.depth // lanes
+        if whole:
+            with loop("step", whole) as step:
+                self.store(self.keys_held, place + step * lanes, self.operands.along(self.k, row, step * lanes))
+        for word in range(whole * lanes, self.words):
+            size = min(self.depth, dim - word * self.depth)
+            B.buffer_store(self.keys_held, self.operands.one_along(self.k, row, i32(word), size), [place + word])
+
+    def _copy_across(
+        self, panel: tirx.Buffer, tensor: tirx.Buffer, place: Expr, rows: list[Row], size: Expr | int
+    ) -> None:
+        """Words across one or `depth` rows of `size` elements."""
+        lanes = self.lanes
+        whole: Any = size // lanes if isinstance(size, int) else tirx.truncdiv(size, i32(lanes))
+        if not isinstance(whole, int) or whole:
+            with loop("step", whole) as step:
+                self.store(panel, place + step * lanes, self.operands.across(tensor, rows, step * lanes))
+        if not isinstance(size, int) or size % lanes:
+            with B.serial(0, size - whole * lanes) as rest:
+                at = whole * lanes + rest
+                B.buffer_store(panel, self.operands.one_across(tensor, rows, at), [place + at])
+
+    # -- results -----------------------------------------------------------------------------------------------------------
+
+    def give(self) -> None:
+        """Write the output, sixteen rows at a time."""
+        lanes, dim_v = self.lanes, self.config.dim_v
+        left = let("left", tirx.min(i64(self.rows), self.num_rows - self.first_row).astype("int32"))
+        with loop("few", tirx.truncdiv(left + (lanes - 1), i32(lanes))) as few:
+            total = let("total", self.load(self.totals, few * lanes))
+            nothing = total == self.spread(0.0)  # no key was seen
+            factor = let("factor", self.spread(1.0) / tirx.Select(nothing, self.spread(1.0), total))
+            rows = [self.row(few * lanes + i) for i in range(lanes)]
+            if dim_v // lanes:
+                with loop("step", dim_v // lanes) as step:
+                    vectors = [
+                        let("sum", self.load(self.sums, (step * lanes + i) * self.rows + few * lanes) * factor)
+                        for i in range(lanes)
+                    ]
+                    for i, vector in enumerate(transposed(vectors, lanes, lambda x: let("t", x))):
+                        with B.If(few * lanes + i < left), B.Then():
+                            value = vector.astype(f"{self.config.Out_dtype}x{lanes}")
+                            query, head = rows[i]
+                            place = B.ramp(i64(step * lanes), 1, lanes)
+                            B.buffer_store(self.out, value, [self.batch_at, query, head, place])
+            if dim_v % lanes:
+                self._give_rest(few, rows, left, factor)
+
+    def _give_rest(self, few: Expr, rows: list[tuple[Expr, Expr]], left: Expr, factor: Expr) -> None:
+        lanes, dim_v = self.lanes, self.config.dim_v
+        self.store(self.totals, few * lanes, factor)
+        for i, (query, head) in enumerate(rows):
+            with B.If(few * lanes + i < left), B.Then(), B.serial(0, dim_v % lanes) as rest:
+                e = dim_v // lanes * lanes + rest
+                value = self.sums[e * self.rows + few * lanes + i] * self.totals[few * lanes + i]
+                B.buffer_store(self.out, value.astype(self.config.Out_dtype), [self.batch_at, query, head, i64(e)])
