@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,8 +148,9 @@ def judge(results: Results, device: str) -> Iterator[Goal]:
             yield Goal(place, asked, f"wrong result, off by {row.ours.error:.2g}", False, group, 0.0)
         else:
             found = over(SDPA)(row)
-            margin = None if found.value is None else found.value / TIMES[device]
-            passed = None if margin is None else margin >= 1
+            passed, margin = None, None
+            if found.value is not None:
+                passed, margin = found.value >= TIMES[device], found.value / TIMES[device]
             yield Goal(place, asked, found.text, passed, group, margin)
 
 
@@ -220,12 +222,12 @@ def in_order(results: Results) -> list[tuple[str, Comparison]]:
     """By kind, squares first, then by sizes and queries."""
     kinds = list(dict.fromkeys(name for name, _ in results))
     return sorted(
-        results, key=lambda each: (kinds.index(each[0]), not is_square(each[1]), sizes_of_panel(each[1]), each[1].m)
+        results, key=lambda each: (kinds.index(each[0]), not is_square(each[1]), sizes_of_line(each[1]), each[1].m)
     )
 
 
-def sizes_of_panel(row: Comparison) -> tuple[int, ...]:
-    """Heads, heads of K, dim: what a line of a plot or of the table of ratios is for."""
+def sizes_of_line(row: Comparison) -> tuple[int, ...]:
+    """Heads, heads of K, dim: what a line of the plot, or of the table of ratios, is for."""
     _, heads, heads_kv, _, dim = sizes_of(row)
     return heads, heads_kv, dim
 
@@ -245,7 +247,7 @@ def ratios(results: Results) -> str:
     lines = [line(["", "heads", "dim", *map(str, lengths)]), "|---" * (3 + len(lengths)) + "|"]
     found: dict[tuple[str, tuple[int, ...]], dict[int, float | None]] = {}
     for name, row in squares:
-        found.setdefault((name, sizes_of_panel(row)), {})[row.m] = row.speedup(SDPA)
+        found.setdefault((name, sizes_of_line(row)), {})[row.m] = row.speedup(SDPA)
     for (name, (heads, heads_kv, dim)), speeds in found.items():
         cells = ["–" if speeds.get(m) is None else f"{speeds[m]:.2f}" for m in lengths]
         lines.append(line([name, str(heads) if heads == heads_kv else f"{heads}/{heads_kv}", str(dim), *cells]))
@@ -271,8 +273,8 @@ def _cells(row: Comparison, name: str) -> list[str]:
     if timing is None:
         return ["–"] * 3
     beside = "" if name == OURS or (speed := row.speedup(name)) is None else f" ({speed:.2f})"
-    rate = "–" if timing.seconds is None else f"{2 * row.macs / timing.seconds / 1e9:.0f}"
-    return [microseconds(timing.seconds) + beside, rate, f"{timing.error:.1e}"]
+    rate = _rate(row, name)
+    return [microseconds(timing.seconds) + beside, "–" if rate is None else f"{rate:.0f}", f"{timing.error:.1e}"]
 
 
 def figure(results: Results) -> Any:
@@ -282,38 +284,47 @@ def figure(results: Results) -> Any:
     found: dict[str, dict[tuple[int, ...], list[Comparison]]] = {}
     for name, row in in_order(results):
         if is_square(row):
-            found.setdefault(name, {}).setdefault(sizes_of_panel(row), []).append(row)
+            found.setdefault(name, {}).setdefault(sizes_of_line(row), []).append(row)
     if not any(len(rows) >= plots.LEAST_ROWS for lines in found.values() for rows in lines.values()):
         return None
-    drawn, axes = pyplot.subplots(2, len(found), figsize=(4.0 * len(found), 6.0), sharex=True, squeeze=False)
+    drawn, axes = pyplot.subplots(2, len(found), figsize=(3.4 * len(found) + 0.6, 6.0), sharex="col", squeeze=False)
     for column, (name, lines) in enumerate(found.items()):
-        for index, (sizes, rows) in enumerate(lines.items()):
-            style, lengths = ("-", "--", ":", "-.")[index % 4], [row.m for row in rows]
-            label = f"{sizes[-1]}" if sizes[0] == sizes[1] else f"{sizes[-1]}, {sizes[0]} / {sizes[1]} heads"
-            for who, color in ((OURS, "black"), (SDPA, "C0")):
-                timings = [row.timing(who) for row in rows]
-                rates = [
-                    2e-9 * row.macs / t.seconds if t and t.seconds else float("nan")
-                    for row, t in zip(rows, timings, strict=True)
-                ]
-                axes[0][column].plot(
-                    lengths, rates, style, color=color, marker="o", markersize=3, label=f"{who}, dim {label}"
-                )
-            speeds = [row.speedup(SDPA) or float("nan") for row in rows]
-            axes[1][column].plot(lengths, speeds, style, color="C0", marker="o", markersize=3, label=f"dim {label}")
-            axes[1][column].set_xticks(lengths, map(str, lengths), fontsize=7)
-        axes[0][column].set(xscale="log", ylim=(0, None), ylabel="GFLOP/s")
+        lengths = sorted({row.m for rows in lines.values() for row in rows})
+        axes[0][column].set(xscale="log", ylabel="GFLOP/s", title=name)
+        axes[1][column].set(xlabel="queries and keys", ylabel=f"times as long {SDPA} takes")
         axes[1][column].axhline(1, color="black", linewidth=1)
-        axes[1][column].set(
-            xscale="log", ylim=(0, None), xlabel="queries and keys", ylabel=f"times as long {SDPA} takes"
-        )
-        axes[0][column].set_title(name, fontsize=9)
+        for style, (sizes, rows) in zip(cycle(("-", "--", ":", "-.")), lines.items(), strict=False):
+            label = "dim {2}".format(*sizes) if sizes[0] == sizes[1] else "dim {2}, {0} / {1} heads".format(*sizes)
+            for who, color in ((OURS, "black"), (SDPA, "C0")):
+                _add_line(axes[0][column], rows, lambda row, who=who: _rate(row, who), f"{who}, {label}", style, color)
+            _add_line(axes[1][column], rows, lambda row: row.speedup(SDPA), label, style, "C0")
         for axis in (axes[0][column], axes[1][column]):
+            axis.set_xticks(lengths, map(str, lengths), fontsize=7)
             axis.minorticks_off()
+            axis.set_ylim(0, None)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=6)
     drawn.tight_layout()
     return drawn
+
+
+def _rate(row: Comparison, who: str) -> float | None:
+    """Additions and products a second, in thousands of millions; those of masked pairs do not count."""
+    timing = row.timing(who)
+    return 2e-9 * row.macs / timing.seconds if timing and timing.seconds else None
+
+
+def _add_line(
+    axis: Any,
+    rows: Sequence[Comparison],
+    value: Callable[[Comparison], float | None],
+    label: str,
+    style: str,
+    color: str,
+) -> None:
+    points = [(row.m, found) for row in rows if (found := value(row)) is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3, label=label)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------
