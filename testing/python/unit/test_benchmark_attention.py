@@ -487,7 +487,7 @@ def test_the_document_holds_a_run():
     assert "](images/attention.png)" in section
     assert re.search(r"^\| beside torch \| ≥ 1\.0× torch SDPA \| \S*48 of 48\S* \|", section, re.MULTILINE)
     found = set()
-    for kind, block in re.findall(r"^\*\*(\w+(?:, causal)?)\*\*\n\n((?:^\|.*\n)+)", section, re.MULTILINE):
+    for kind, block in re.findall(r"^\*\*(b?float\d+(?:, causal)?)\*\*\n\n((?:^\|.*\n)+)", section, re.MULTILINE):
         heading, _, *rows = ([part.strip() for part in row.strip("|").split("|")] for row in block.splitlines())
         place = heading.index(SDPA)
         for row in rows:
