@@ -13,10 +13,14 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import FlashAttenConfig
+from ...formats import parse_format
+from ..rule import LINE_BYTES
 from .attention_operands import FloatOperands, PairOperands, Row
 from .attention_tiling import LaneAttentionTiling
 from .transpose import transposed
 
+#: Rows of K and V that are asked for ahead of their copying: they lie apart, so that no hardware sees them come.
+ROWS_AHEAD = 8
 #: What a maximum begins with: a finite number, so that what is not seen, -inf, is infinitely far below it.
 LOWEST = -3.4028234663852886e38
 
@@ -59,8 +63,9 @@ def loop(name: str, size: Expr | int) -> Iterator[Expr]:
 class AttentionPanels:
     """Panels of words: what a task holds in its caches.
 
-    Queries and outputs stand in the lanes: `queries_t` (words, rows), `sums` (dim_v, rows). Keys lie as in memory,
-    (keys, words) or for "ntn" (words, keys); values as (words of keys, dim_v).
+    Queries and outputs stand in the lanes, those side by side that are computed together: `queries_t` (parts, words, rows of
+    a part), `sums` (parts, dim_v, rows of a part). Keys lie as in memory, (keys, words) or for "ntn" (words, keys); values
+    as (words of keys, dim_v).
     """
 
     #: Arguments, and where a task is in them: set by the program that uses this.
@@ -79,6 +84,7 @@ class AttentionPanels:
     def __init__(self, config: FlashAttenConfig, tiling: LaneAttentionTiling) -> None:
         self.config, self.tiling = config, tiling
         self.lanes, self.rows, self.keys = tiling.lanes, tiling.block_m, tiling.block_n
+        self.together = tiling.lanes * tiling.vectors  # rows of a part
         self.operands = (PairOperands if tiling.dot else FloatOperands)(tiling.lanes)
         self.depth = self.operands.depth
         self.words = -(-config.dim // self.depth)
@@ -99,15 +105,22 @@ class AttentionPanels:
         value = tirx.const(value, "float32") if isinstance(value, float) else value
         return tirx.Broadcast(value, self.lanes)
 
-    def fill(self, buffer: tirx.Buffer, size: int, value: float) -> None:
-        """Set all elements; a register's width divides their number."""
-        with loop("at", size // self.lanes) as at:
-            self.store(buffer, at * self.lanes, self.spread(value))
+    def line(self, row: Expr, index: Expr | int, lines: int) -> Expr:
+        """Where, in a panel of so many lines, a line of the part begins whose first row is `row`."""
+        return row * lines + index * self.together
+
+    def few(self, few: Expr, index: Expr | int, lines: int) -> Expr:
+        """Where a line of a register's rows begins: of the part that they are in."""
+        first = few * self.lanes
+        within = tirx.truncmod(first, i32(self.together)) if self.tiling.vectors > 1 else i32(0)
+        return self.line(first - within, index, lines) + within
 
     # -- queries -----------------------------------------------------------------------------------------------------------
 
     def allocate(self) -> None:
-        """Reserve the panels."""
+        """Reserve the panels, and count the rows that there are, and the parts that have some of them."""
+        self.left = let("left", tirx.min(i64(self.rows), self.num_rows - self.first_row).astype("int32"))
+        self.parts = let("parts", tirx.truncdiv(self.left + (self.together - 1), i32(self.together)))
         rows, operands, dim_v = self.rows, self.operands, self.config.dim_v
         self.queries_t = alloc("queries_t", self.words * rows, operands.dtype)
         self.keys_held = alloc("keys_held", self.keys * self.words, operands.dtype)
@@ -125,7 +138,7 @@ class AttentionPanels:
     def take_queries(self) -> None:
         """Queries, sixteen at a time, beside each other; how far each sees; and nothing as their sums."""
         lanes, whole = self.lanes, self.config.dim // self.depth // self.lanes
-        with loop("few", self.rows // lanes) as few:
+        with loop("few", self.parts * self.tiling.vectors) as few:
             rows = [self.row(few * lanes + i) for i in range(lanes)]
             for i, (query, _) in enumerate(rows):
                 limit = self.num_keys - 1
@@ -139,15 +152,19 @@ class AttentionPanels:
                         let("q", self._scaled(self.operands.along(self.q, row, step * lanes), lanes)) for row in sources
                     ]
                     for i, vector in enumerate(transposed(vectors, lanes, lambda x: let("t", x))):
-                        self.store(self.queries_t, (step * lanes + i) * self.rows + few * lanes, vector)
+                        self.store(self.queries_t, self.few(few, step * lanes + i, self.words), vector)
             for word in range(whole * lanes, self.words):
                 size = min(self.depth, self.config.dim - word * self.depth)
                 for i, row in enumerate(sources):
                     value = self._scaled(self.operands.one_along(self.q, row, i32(word), size), 1)
-                    B.buffer_store(self.queries_t, value, [word * self.rows + few * lanes + i])
-        self.fill(self.maxima, self.rows, LOWEST)
-        self.fill(self.totals, self.rows, 0.0)
-        self.fill(self.sums, self.config.dim_v * self.rows, 0.0)
+                    B.buffer_store(self.queries_t, value, [self.few(few, word, self.words) + i])
+        for panel, lines, value in (
+            (self.maxima, 1, LOWEST),
+            (self.totals, 1, 0.0),
+            (self.sums, self.config.dim_v, 0.0),
+        ):
+            with loop("at", self.parts * (lines * self.tiling.vectors)) as at:
+                self.store(panel, at * lanes, self.spread(value))
 
     def _query(self, query: Expr, head: Expr) -> Row:
         return lambda d: [self.batch_at, query, head, i64(d)]
@@ -167,6 +184,7 @@ class AttentionPanels:
         b, h, dim = self.batch_at, self.head_at, self.config.dim
         if self.config.layout == "nnn":
             with loop("key", held) as j:
+                self._ask_for(self.k, lambda d: [b, first + i64(j + ROWS_AHEAD), h, i64(d)], dim)
                 self._copy_along(lambda d: [b, first + i64(j), h, i64(d)], j * self.words)
         else:
             whole = dim // self.depth
@@ -190,6 +208,8 @@ class AttentionPanels:
         whole = tirx.truncdiv(held, i32(depth)) if depth > 1 else held
         with loop("keys", whole) as j:
             rows = [row(j * depth + i) for i in range(depth)]
+            for i in range(depth):
+                self._ask_for(self.v, row(j * depth + ROWS_AHEAD + i), dim_v)
             self._copy_across(self.values_held, self.v, j * dim_v, rows, dim_v)
         begun = whole
         if depth > 1:
@@ -198,6 +218,13 @@ class AttentionPanels:
             begun = let("begun", tirx.truncdiv(held + (depth - 1), i32(depth)))
         with loop("at", (self.keys // depth - begun) * dim_v) as at:
             B.buffer_store(self.values_held, tirx.const(0, self.operands.dtype), [begun * dim_v + at])
+
+    def _ask_for(self, tensor: tirx.Buffer, row: Row, size: int) -> None:
+        """Prefetch a row, which beyond the end does nothing."""
+        line = LINE_BYTES * 8 // parse_format(str(tensor.dtype)).bits
+        for at in range(0, size, line):
+            address = B.address_of(tensor[tuple(row(i32(at)))])
+            B.evaluate(B.call_llvm_intrin("void", "llvm.prefetch.p0", address, 0, 3, 1))
 
     def _copy_along(self, row: Row, place: Expr) -> None:
         """A key as words."""
@@ -229,7 +256,7 @@ class AttentionPanels:
     def give(self) -> None:
         """Write the output, sixteen rows at a time."""
         lanes, dim_v = self.lanes, self.config.dim_v
-        left = let("left", tirx.min(i64(self.rows), self.num_rows - self.first_row).astype("int32"))
+        left = self.left
         with loop("few", tirx.truncdiv(left + (lanes - 1), i32(lanes))) as few:
             total = let("total", self.load(self.totals, few * lanes))
             nothing = total == self.spread(0.0)  # no key was seen
@@ -238,7 +265,7 @@ class AttentionPanels:
             if dim_v // lanes:
                 with loop("step", dim_v // lanes) as step:
                     vectors = [
-                        let("sum", self.load(self.sums, (step * lanes + i) * self.rows + few * lanes) * factor)
+                        let("sum", self.load(self.sums, self.few(few, step * lanes + i, dim_v)) * factor)
                         for i in range(lanes)
                     ]
                     for i, vector in enumerate(transposed(vectors, lanes, lambda x: let("t", x))):
@@ -256,5 +283,5 @@ class AttentionPanels:
         for i, (query, head) in enumerate(rows):
             with B.If(few * lanes + i < left), B.Then(), B.serial(0, dim_v % lanes) as rest:
                 e = dim_v // lanes * lanes + rest
-                value = self.sums[e * self.rows + few * lanes + i] * self.totals[few * lanes + i]
+                value = self.sums[self.few(few, e, dim_v) + i] * self.totals[few * lanes + i]
                 B.buffer_store(self.out, value.astype(self.config.Out_dtype), [self.batch_at, query, head, i64(e)])

@@ -28,8 +28,6 @@ class LaneAttention(AttentionPanels):
 
     def __init__(self, config: FlashAttenConfig, tiling: LaneAttentionTiling) -> None:
         super().__init__(config, tiling)
-        self.vectors = tiling.vectors
-        self.together = tiling.lanes * tiling.vectors  # rows that are computed together
         self.degree = _DEGREES[tiling.dot]
 
     def func(self, name: str) -> tirx.PrimFunc:
@@ -86,11 +84,11 @@ class LaneAttention(AttentionPanels):
         self.weights = alloc("weights", self.keys // self.depth * self.together, self.operands.dtype)
         self.scores = alloc("scores", self.keys * self.together) if self.depth > 1 else self.weights
         self.take_queries()
-        last, keys = let("last", self.limits[self.rows - 1]), self.tiling.keys
+        last, keys = let("last", self.limits[self.parts * self.together - 1]), self.tiling.keys
         with loop("block", tirx.truncdiv(last + self.keys, i32(self.keys))) as block:
             first_key = let("first_key", block * self.keys)
             self.take_keys(first_key)
-            with loop("part", self.rows // self.together) as part:
+            with loop("part", self.parts) as part:
                 limit = self.limits[part * self.together + (self.together - 1)]
                 seen = let("seen", tirx.min(i32(self.keys), limit + 1 - first_key))
                 with B.If(seen > 0), B.Then():
@@ -131,7 +129,9 @@ class LaneAttention(AttentionPanels):
         for place in range(0, keys * self.together, self.lanes):
             self.store(sums, place, self.spread(0.0))
         with loop("word", self.words) as w:
-            queries = [let("q", self.load(self.queries_t, w * self.rows + row + at)) for at in self._vectors()]
+            queries = [
+                let("q", self.load(self.queries_t, self.line(row, w, self.words) + at)) for at in self._vectors()
+            ]
             for j in range(keys):
                 at = (key + j) * self.words + w if self.config.layout == "nnn" else w * self.keys + key + j
                 self._add_products(sums, j, self.keys_held[at], queries)
@@ -201,7 +201,7 @@ class LaneAttention(AttentionPanels):
         sums = alloc("weighted", size * self.together, scope="local")
         for i in range(size):
             for at in self._vectors():
-                before = self.load(self.sums, (first + i) * self.rows + row + at)
+                before = self.load(self.sums, self.line(row, first + i, self.config.dim_v) + at)
                 self.store(sums, i * self.together + at, before * self.load(factors, at))
         with loop("word", tiles * (self.tiling.keys // self.depth)) as w:
             weights = [let("p", self.load(self.weights, w * self.together + at)) for at in self._vectors()]
@@ -209,4 +209,8 @@ class LaneAttention(AttentionPanels):
                 self._add_products(sums, i, self.values_held[w * self.config.dim_v + first + i], weights)
         for i in range(size):
             for at in self._vectors():
-                self.store(self.sums, (first + i) * self.rows + row + at, self.load(sums, i * self.together + at))
+                self.store(
+                    self.sums,
+                    self.line(row, first + i, self.config.dim_v) + at,
+                    self.load(sums, i * self.together + at),
+                )

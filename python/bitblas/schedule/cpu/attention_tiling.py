@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...config import FlashAttenConfig
 from ..rule import AttentionTiling
 
 
@@ -31,3 +32,11 @@ class LaneAttentionTiling(AttentionTiling):
     dot: str = ""
 
     kind: ClassVar[str] = "attention_lanes"
+
+    def held_bytes(self, config: FlashAttenConfig) -> int:
+        """Bytes that a thread holds: its queries and sums, a block of keys and values, and their scores."""
+        words = -(-config.dim // 2) if self.dot else config.dim
+        values = self.block_n // 2 if self.dot else self.block_n
+        panels = (words + config.dim_v) * self.block_m + self.block_n * words + values * config.dim_v
+        scores = (self.block_n + (values if self.dot else 0)) * self.lanes * self.vectors
+        return 4 * (panels + scores + 3 * self.block_m)
