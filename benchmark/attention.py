@@ -161,7 +161,7 @@ def key_of(name: str, row: Comparison) -> Key:
 
 def versions() -> dict[str, str]:
     """Of all that takes part."""
-    apart = ("onnxruntime", "openvino", "llama-cpp-python")
+    apart = ("onnxruntime", "llama-cpp-python")
     return {name: text for name, text in report.versions().items() if name not in apart}
 
 

@@ -17,6 +17,9 @@ from bitblas.bench.matmul import MEMORY_CAP, bytes_of
 from bitblas.cards import Stopwatch
 from bitblas.measuring import read_bytes
 
+from .peers.openvino_attention import NAME as OPENVINO
+from .peers.openvino_attention import openvino_sdpa
+
 OURS, SDPA = "bitblas", "torch SDPA"
 #: How far a result may be from the reference, over the root mean square of its row, by dtype.
 LIMITS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
@@ -225,7 +228,7 @@ def sdpa(work: Attention, cache: int | None) -> Candidate | Skipped:
     )
 
 
-PEERS: dict[str, Peer] = {SDPA: sdpa}
+PEERS: dict[str, Peer] = {SDPA: sdpa, OPENVINO: openvino_sdpa}
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------------
