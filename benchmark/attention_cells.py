@@ -22,7 +22,7 @@ from .peers.openvino_attention import openvino_sdpa
 
 OURS, SDPA = "bitblas", "torch SDPA"
 #: How far a result may be from the reference, over the root mean square of its row, by dtype.
-LIMITS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
+LIMITS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 6e-2}
 #: Queries of each head that are compared with the reference, spread over all of them.
 CHECKED = 64
 #: With fewer rows for each head of K, keys and values come from memory, as they do while a text is written.
