@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 #: a kernel is specialised for. Zen 4, 2 threads, 8 heads of 128 float32: 256 rows and 4096 of each took 388 ms, 128 rows 407.
 _SIZES: dict[int, tuple[tuple[int, int, int], ...]] = {
     16: ((16, 1, 96), (16, 1, 48)),
-    64: ((64, 2, 96), (64, 1, 96), (64, 4, 96)),
-    256: ((128, 2, 96), (128, 4, 96), (64, 2, 96)),
+    256: ((64, 2, 96), (128, 2, 96), (64, 4, 96), (64, 1, 96)),
     1024: ((256, 2, 96), (256, 4, 96), (256, 2, 192), (512, 2, 96), (128, 2, 96)),
 }
 #: What a thread holds at most: the second-level caches of servers have 1 MB and more, and there is other traffic.

@@ -14,9 +14,45 @@ from tvm.tirx.script.builder import ir as B
 
 from ...expr.pairs import PAIR, join_pair
 from .products import BF16_LIBRARY
+from .transpose import transpose_function
 
 #: From the place of an element in a row to the indices of a tensor.
 Row = Callable[[Expr], list[Expr]]
+
+
+#: bfloat16 as float32. TVM takes a bfloat16 in the value of a variable for the integer that holds it.
+_WIDEN = """
+define linkonce_odr hidden <LANES x float> @bitblas_widen(ptr %a) alwaysinline {
+  %v = load <LANES x i16>, ptr %a, align 2
+  %w = zext <LANES x i16> %v to <LANES x i32>
+  %s = shl <LANES x i32> %w, splat (i32 16)
+  %r = bitcast <LANES x i32> %s to <LANES x float>
+  ret <LANES x float> %r
+}
+"""
+
+_PAIRS = (
+    BF16_LIBRARY
+    + """
+define linkonce_odr hidden <16 x i32> @bitblas_pairs_along(ptr %a) alwaysinline {
+  %r = load <16 x i32>, ptr %a, align 2
+  ret <16 x i32> %r
+}
+define linkonce_odr hidden <16 x i32> @bitblas_halves(ptr %a) alwaysinline {
+  %v = load <16 x i16>, ptr %a, align 2
+  %r = zext <16 x i16> %v to <16 x i32>
+  ret <16 x i32> %r
+}
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+define linkonce_odr hidden <16 x i32> @bitblas_round_pairs(<16 x float> %low, <16 x float> %high) alwaysinline {
+  %c = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
+  %v = bitcast <32 x bfloat> %c to <32 x i16>
+  %p = shufflevector <32 x i16> %v, <32 x i16> poison, <32 x i32> <ORDER>
+  %r = bitcast <32 x i16> %p to <16 x i32>
+  ret <16 x i32> %r
+}
+""".replace("ORDER", ", ".join(f"i32 {i // 2 + i % 2 * 16}" for i in range(32)))
+)
 
 
 class FloatOperands:
@@ -24,16 +60,24 @@ class FloatOperands:
 
     depth = 1
     dtype = "float32"
-    #: Functions that the program calls, as LLVM IR.
-    library = ""
     #: Whether queries are scaled as they are taken; else scores are.
     scales_queries = True
 
     def __init__(self, lanes: int) -> None:
         self.lanes = lanes
 
+    @property
+    def library(self) -> str:
+        """Functions that the program calls, as LLVM IR."""
+        return _WIDEN.replace("LANES", str(self.lanes)) + transpose_function(self.lanes)
+
+    def _call(self, dtype: str, name: str, *arguments: Expr) -> Expr:
+        return tirx.call_pure_extern(f"{dtype}x{self.lanes}", f"bitblas_{name}", *arguments)
+
     def along(self, tensor: tirx.Buffer, row: Row, word: Expr) -> Expr:
         """A vector of words of one row, from `word` on."""
+        if str(tensor.dtype) == "bfloat16":
+            return self._call("float32", "widen", B.address_of(tensor[tuple(row(word))]))
         return tensor.vload(row(word), f"{tensor.dtype}x{self.lanes}").astype(f"float32x{self.lanes}")
 
     def one_along(self, tensor: tirx.Buffer, row: Row, word: Expr, size: int = 1) -> Expr:
@@ -66,32 +110,12 @@ class PairOperands(FloatOperands):
 
     depth = PAIR
     dtype = "int32"
-    library = (
-        BF16_LIBRARY
-        + """
-define linkonce_odr hidden <16 x i32> @bitblas_pairs_along(ptr %a) alwaysinline {
-  %r = load <16 x i32>, ptr %a, align 2
-  ret <16 x i32> %r
-}
-define linkonce_odr hidden <16 x i32> @bitblas_halves(ptr %a) alwaysinline {
-  %v = load <16 x i16>, ptr %a, align 2
-  %r = zext <16 x i16> %v to <16 x i32>
-  ret <16 x i32> %r
-}
-declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
-define linkonce_odr hidden <16 x i32> @bitblas_round_pairs(<16 x float> %low, <16 x float> %high) alwaysinline {
-  %c = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
-  %v = bitcast <32 x bfloat> %c to <32 x i16>
-  %p = shufflevector <32 x i16> %v, <32 x i16> poison, <32 x i32> <ORDER>
-  %r = bitcast <32 x i16> %p to <16 x i32>
-  ret <16 x i32> %r
-}
-""".replace("ORDER", ", ".join(f"i32 {i // 2 + i % 2 * 16}" for i in range(32)))
-    )
     scales_queries = False
 
-    def _call(self, dtype: str, name: str, *arguments: Expr) -> Expr:
-        return tirx.call_pure_extern(f"{dtype}x{self.lanes}", f"bitblas_{name}", *arguments)
+    @property
+    def library(self) -> str:
+        """See `FloatOperands`."""
+        return _PAIRS + transpose_function(self.lanes)
 
     def along(self, tensor: tirx.Buffer, row: Row, word: Expr) -> Expr:
         """See `FloatOperands`."""

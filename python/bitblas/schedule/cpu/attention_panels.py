@@ -17,7 +17,6 @@ from ...formats import parse_format
 from ..rule import LINE_BYTES
 from .attention_operands import FloatOperands, PairOperands, Row
 from .attention_tiling import LaneAttentionTiling
-from .transpose import transposed
 
 #: Rows of K and V that are asked for ahead of their copying: they lie apart, so that no hardware sees them come.
 ROWS_AHEAD = 8
@@ -128,36 +127,44 @@ class AttentionPanels:
         self.sums = alloc("sums", dim_v * rows)
         self.maxima, self.totals = alloc("maxima", rows), alloc("totals", rows)
         self.limits = alloc("limits", rows, "int32")
+        self.queries_of, self.heads_of = alloc("queries_of", rows, "int64"), alloc("heads_of", rows, "int64")
+        self.square = alloc("square", self.lanes * self.lanes, operands.dtype)
+        self.results = alloc("results", self.lanes * self.lanes)
 
-    def row(self, index: Expr) -> tuple[Expr, Expr]:
-        """Query and head of a row of the block; rows beyond the end are the last."""
-        found = let("row", tirx.min(self.first_row + i64(index), self.num_rows - 1))
-        query = let("query", tirx.truncdiv(found, self.group))
-        return query, let("query_head", self.head_at * self.group + (found - query * self.group))
+    def _find_rows(self) -> None:
+        """Query, head and last visible key of each row of the block; rows beyond the end are the last."""
+        with loop("index", self.parts * self.together) as index:
+            row = let("row", tirx.min(self.first_row + i64(index), self.num_rows - 1))
+            query = let("query", tirx.truncdiv(row, self.group))
+            B.buffer_store(self.queries_of, query, [index])
+            B.buffer_store(self.heads_of, self.head_at * self.group + (row - query * self.group), [index])
+            limit = self.num_keys - 1
+            if self.config.is_causal:
+                limit = tirx.min(limit, query + (self.num_keys - self.num_queries))
+            B.buffer_store(self.limits, tirx.max(limit, i64(-1)).astype("int32"), [index])
+
+    def _place_of(self, row: Expr) -> list[Expr]:
+        """Batch, query and head of a row: where Q and the output have it."""
+        return [self.batch_at, self.queries_of[row], self.heads_of[row]]
 
     def take_queries(self) -> None:
-        """Queries, sixteen at a time, beside each other; how far each sees; and nothing as their sums."""
+        """Queries, a register of them at a time, beside each other; and nothing as their sums."""
         lanes, whole = self.lanes, self.config.dim // self.depth // self.lanes
+        self._find_rows()
         with loop("few", self.parts * self.tiling.vectors) as few:
-            rows = [self.row(few * lanes + i) for i in range(lanes)]
-            for i, (query, _) in enumerate(rows):
-                limit = self.num_keys - 1
-                if self.config.is_causal:
-                    limit = tirx.min(limit, query + (self.num_keys - self.num_queries))
-                B.buffer_store(self.limits, tirx.max(limit, i64(-1)).astype("int32"), [few * lanes + i])
-            sources = [self._query(query, head) for query, head in rows]
             if whole:
-                with loop("words", whole) as step:
-                    vectors = [
-                        let("q", self._scaled(self.operands.along(self.q, row, step * lanes), lanes)) for row in sources
-                    ]
-                    for i, vector in enumerate(transposed(vectors, lanes, lambda x: let("t", x))):
-                        self.store(self.queries_t, self.few(few, step * lanes + i, self.words), vector)
-            for word in range(whole * lanes, self.words):
-                size = min(self.depth, self.config.dim - word * self.depth)
-                for i, row in enumerate(sources):
-                    value = self._scaled(self.operands.one_along(self.q, row, i32(word), size), 1)
-                    B.buffer_store(self.queries_t, value, [self.few(few, word, self.words) + i])
+                with loop("step", whole) as step:
+                    with loop("i", lanes) as i:
+                        vector = self.operands.along(self.q, self._query(few * lanes + i), step * lanes)
+                        self.store(self.square, i * lanes, self._scaled(vector, lanes))
+                    place = self.few(few, step * lanes, self.words)
+                    self._transpose(self.square, 0, lanes, self.queries_t, place, self.together)
+            if self.words > whole * lanes:
+                with loop("i", lanes) as i:
+                    for word in range(whole * lanes, self.words):
+                        size = min(self.depth, self.config.dim - word * self.depth)
+                        value = self.operands.one_along(self.q, self._query(few * lanes + i), i32(word), size)
+                        B.buffer_store(self.queries_t, self._scaled(value, 1), [self.few(few, word, self.words) + i])
         for panel, lines, value in (
             (self.maxima, 1, LOWEST),
             (self.totals, 1, 0.0),
@@ -166,8 +173,15 @@ class AttentionPanels:
             with loop("at", self.parts * (lines * self.tiling.vectors)) as at:
                 self.store(panel, at * lanes, self.spread(value))
 
-    def _query(self, query: Expr, head: Expr) -> Row:
-        return lambda d: [self.batch_at, query, head, i64(d)]
+    def _query(self, row: Expr) -> Row:
+        return lambda d: [*self._place_of(row), i64(d)]
+
+    def _transpose(
+        self, source: tirx.Buffer, first: Expr | int, pitch: int, to: tirx.Buffer, place: Expr | int, to_pitch: int
+    ) -> None:
+        """Transpose a square of words, whose lines lie so many words apart."""
+        address, target = B.address_of(source[first]), B.address_of(to[place])
+        B.evaluate(B.call_extern("void", "bitblas_transpose", address, i64(pitch), target, i64(to_pitch)))
 
     def _scaled(self, value: Expr, lanes: int) -> Expr:
         if not self.operands.scales_queries:
@@ -254,34 +268,25 @@ class AttentionPanels:
     # -- results -----------------------------------------------------------------------------------------------------------
 
     def give(self) -> None:
-        """Write the output, sixteen rows at a time."""
-        lanes, dim_v = self.lanes, self.config.dim_v
-        left = self.left
-        with loop("few", tirx.truncdiv(left + (lanes - 1), i32(lanes))) as few:
+        """Write the output, a register of rows at a time."""
+        lanes, dim_v, out_dtype = self.lanes, self.config.dim_v, self.config.Out_dtype
+        whole = dim_v // lanes
+        with loop("few", tirx.truncdiv(self.left + (lanes - 1), i32(lanes))) as few:
             total = let("total", self.load(self.totals, few * lanes))
             nothing = total == self.spread(0.0)  # no key was seen
-            factor = let("factor", self.spread(1.0) / tirx.Select(nothing, self.spread(1.0), total))
-            rows = [self.row(few * lanes + i) for i in range(lanes)]
-            if dim_v // lanes:
-                with loop("step", dim_v // lanes) as step:
-                    vectors = [
-                        let("sum", self.load(self.sums, self.few(few, step * lanes + i, dim_v)) * factor)
-                        for i in range(lanes)
-                    ]
-                    for i, vector in enumerate(transposed(vectors, lanes, lambda x: let("t", x))):
-                        with B.If(few * lanes + i < left), B.Then():
-                            value = vector.astype(f"{self.config.Out_dtype}x{lanes}")
-                            query, head = rows[i]
-                            place = B.ramp(i64(step * lanes), 1, lanes)
-                            B.buffer_store(self.out, value, [self.batch_at, query, head, place])
+            self.store(self.totals, few * lanes, self.spread(1.0) / tirx.Select(nothing, self.spread(1.0), total))
+            there = let("there", tirx.min(i32(lanes), self.left - few * lanes))
+            if whole:
+                with loop("step", whole) as step:
+                    place = self.few(few, step * lanes, dim_v)
+                    self._transpose(self.sums, place, self.together, self.results, 0, lanes)
+                    with loop("i", there) as i:
+                        row = few * lanes + i
+                        value = self.load(self.results, i * lanes) * self.spread(self.totals[row])
+                        place = B.ramp(i64(step * lanes), 1, lanes)
+                        B.buffer_store(self.out, value.astype(f"{out_dtype}x{lanes}"), [*self._place_of(row), place])
             if dim_v % lanes:
-                self._give_rest(few, rows, left, factor)
-
-    def _give_rest(self, few: Expr, rows: list[tuple[Expr, Expr]], left: Expr, factor: Expr) -> None:
-        lanes, dim_v = self.lanes, self.config.dim_v
-        self.store(self.totals, few * lanes, factor)
-        for i, (query, head) in enumerate(rows):
-            with B.If(few * lanes + i < left), B.Then(), B.serial(0, dim_v % lanes) as rest:
-                e = dim_v // lanes * lanes + rest
-                value = self.sums[self.few(few, e, dim_v) + i] * self.totals[few * lanes + i]
-                B.buffer_store(self.out, value.astype(self.config.Out_dtype), [self.batch_at, query, head, i64(e)])
+                with loop("i", there) as i, loop("rest", dim_v % lanes) as rest:
+                    row, e = few * lanes + i, whole * lanes + rest
+                    value = self.sums[self.few(few, e, dim_v) + i] * self.totals[row]
+                    B.buffer_store(self.out, value.astype(out_dtype), [*self._place_of(row), i64(e)])

@@ -39,8 +39,7 @@ class LaneAttention(AttentionPanels):
             self.group = let("group", tirx.truncdiv(self.heads, self.heads_kv))
             self.num_rows = let("num_rows", self.num_queries * self.group)
             blocks = let("blocks", tirx.truncdiv(self.num_rows + (self.rows - 1), i64(self.rows)))
-            library = self.operands.library
-            annotations = {"pragma_import_llvm": library} if library else None
+            annotations = {"pragma_import_llvm": self.operands.library}
             tasks = self.batch * self.heads_kv * blocks
             with B.parallel(0, tasks, annotations=annotations) as task, B.sblock("kernel"):
                 B.reads()
