@@ -25,12 +25,12 @@ COEFFICIENTS: dict[int, tuple[tuple[float, ...], float]] = {
     ),
 }
 
-#: Below it a result is no normal number, and 0.
-_LEAST = -126.0
+#: Below it a result is 0: a polynomial that is a little below 1 would leave the normal numbers.
+_LEAST = -125.0
 
 
 def exp2(x: Expr, lanes: int, degree: int) -> Expr:
-    """2^x in float32 vectors, for x <= 1; 0 below 2^-126, NaN for NaN.
+    """2^x in float32 vectors, for x <= 1; 0 below 2^-125, NaN for NaN.
 
     The relative error is that of the polynomial (`COEFFICIENTS`) and of two roundings.
     """
