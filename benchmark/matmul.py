@@ -59,12 +59,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser, always: str) -> None:
-    """Add what every run on a CPU can be asked; `always` is the peer that is never left out."""
+    """Add what every run of matmuls on a CPU can be asked; `always` is the peer that is never left out."""
+    add_run_options(parser, always)
+    parser.add_argument("--rows", type=cases.parse_rows, default=(), metavar="M,M", help="only these numbers of rows")
+    parser.add_argument("--shapes", type=cases.parse_shapes, default=(), metavar="NxK,NxK", help="only these shapes")
+
+
+def add_run_options(parser: argparse.ArgumentParser, always: str) -> None:
+    """Add what every run on a CPU can be asked."""
     parser.add_argument("--threads", type=int, help="threads of all candidates (torch's number)")
     parser.add_argument("--seconds", type=float, help=f"for each candidate in each cell ({SECONDS}; {QUICK_SECONDS})")
     parser.add_argument("--peers", default="", help=f"only peers whose name contains this, beside {always}")
-    parser.add_argument("--rows", type=cases.parse_rows, default=(), metavar="M,M", help="only these numbers of rows")
-    parser.add_argument("--shapes", type=cases.parse_shapes, default=(), metavar="NxK,NxK", help="only these shapes")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in --out: what is there is not measured again"
     )
@@ -156,6 +161,10 @@ class Session:
         """Measure a cell."""
         return compare(op, m, named, self.seconds, probes=self.probes)
 
+    def describe(self, case: cases.Case, row: Comparison) -> str:
+        """A cell in a line."""
+        return f"{case.name} {case.config.N} x {case.config.K} M={row.m}: {times(row)}"
+
     def measure(self, found: Sequence[cases.Case]) -> None:
         """Measure the cells that are not there yet; an interruption keeps those that are."""
         todo = []
@@ -187,7 +196,7 @@ class Session:
             self.report.add(case.name, row)
             if self.out is not None:
                 self.report.save(self.out)
-            progress.advance(cost(m), _describe(case, row))
+            progress.advance(cost(m), self.describe(case, row))
             self._announce(row)
 
     def _announce(self, row: Comparison) -> None:
@@ -199,11 +208,12 @@ class Session:
                 say(text)
 
 
-def _describe(case: cases.Case, row: Comparison) -> str:
+def times(row: Comparison) -> str:
+    """What a cell's candidates took, and what binds ours, in a line."""
     parts = [f"{t.name} {'wrong' if t.seconds is None else f'{t.seconds * 1e6:.0f} us'}" for t in row.timings]
     bound = row.roofline()
     limit = "" if bound is None else f" [{bound[1]:.0%} of {bound[0]}]"
-    return f"{case.name} {case.config.N} x {case.config.K} M={row.m}: {parts[0]}{limit}, {', '.join(parts[1:])}"
+    return f"{parts[0]}{limit}, {', '.join(parts[1:])}"
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +23,8 @@ from .goals import Goal, shape_of
 
 _VERSIONS = ("bitblas", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "openvino", "llama-cpp-python")
 
-#: What tells a cell: the case's name, N, K, m.
-Key = tuple[str, int, int, int]
+#: What tells a cell: the case's name, its sizes (N and K), m.
+Key = tuple[str | int, ...]
 
 
 def versions() -> dict[str, str]:
@@ -70,6 +70,7 @@ class Report:
     markdown_file: ClassVar[str] = "matmul.md"
     #: What of a machine must be the same for two runs to be one.
     same_machine: ClassVar[tuple[str, ...]] = ("cpu", "isa", "threads", "cache_bytes")
+    key_of: ClassVar[Callable[[str, Comparison], Key]] = staticmethod(key_of)
 
     machine: Machine
     versions: dict[str, str] = field(default_factory=versions)
@@ -85,15 +86,15 @@ class Report:
     def has(self, key: Key, peers: Collection[str]) -> bool:
         """Whether a cell was measured beside all of some peers, or as many of them as can."""
         for name, row in self.results:
-            if key_of(name, row) == key:
+            if self.key_of(name, row) == key:
                 known = {timing.name for timing in row.timings} | {peer.name for peer in row.skipped}
                 return known.issuperset(peers)
         return False
 
     def add(self, name: str, row: Comparison) -> None:
         """Add a cell, in the place of an older one."""
-        key = key_of(name, row)
-        places = [index for index, (other, old) in enumerate(self.results) if key_of(other, old) == key]
+        key = self.key_of(name, row)
+        places = [index for index, (other, old) in enumerate(self.results) if self.key_of(other, old) == key]
         if places:
             self.results[places[0]] = (name, row)
         else:

@@ -1,0 +1,230 @@
+"""What attention on CPUs is made of: the definition, the exponential, the instructions, the memory."""
+
+import math
+import re
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import tvm_ffi
+
+import attention_reference
+from bitblas import FlashAttenConfig, build
+from bitblas.config import MAX_HEAD_DIM, QUERY_BUCKETS
+from bitblas.errors import UnsupportedError
+from bitblas.plan import KernelPlan, plan_attention
+from bitblas.schedule import AttentionProblem, read_tiling, select_rule
+from bitblas.schedule.cpu.attention import CPU_ATTENTION_RULES
+from bitblas.schedule.rule import read_problem
+from bitblas.target import host_features, resolve_target
+
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+def config(dtype="float32", **changes):
+    return FlashAttenConfig(
+        **{"dim": 64, "Q_dtype": dtype, "K_dtype": dtype, "V_dtype": dtype, "Out_dtype": dtype, **changes}
+    )
+
+
+# -- the definition --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "causal"), [("nnn", True), ("ntn", False)])
+def test_the_definition_computes_attention(layout, causal):
+    """The expression, compiled as it stands, without any rule."""
+    import tvm
+
+    from bitblas.expr import attention_func
+
+    cfg = config(dim=5, dim_v=3, layout=layout, is_causal=causal, softmax_scale=0.7)
+    compiled = tvm.compile(tvm.IRModule({"definition": attention_func(cfg, "definition")}), target="llvm").jit()
+    problem = attention_reference.draw(
+        cfg, batch=2, heads=4, heads_kv=2, seq_len=7, seq_len_kv=4 if layout == "ntn" else 9
+    )
+    out = torch.full((2, 7, 4, 3), math.nan)
+    compiled["definition"](problem.q, problem.k, problem.v, out)
+    attention_reference.assert_close(out, problem)
+
+
+# -- the exponential -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [3, 4, 5])
+@pytest.mark.parametrize("lanes", [4, 16])
+def test_powers_of_two_have_the_stated_error(degree, lanes):
+    from bitblas.schedule.cpu.exponential import COEFFICIENTS
+
+    x = np.concatenate([np.linspace(-126, 1, 1 << 16), -np.logspace(-30, 2, 1 << 12), [0.0, -1.5, 0.5, -0.5, 1.0]])
+    x = x.astype(np.float32)
+    x = np.pad(x, (0, -len(x) % lanes))
+    found = powers(x, degree, lanes).astype(np.float64)
+    exact = np.exp2(x.astype(np.float64))
+    stated = COEFFICIENTS[degree][1]
+    error = np.abs(found / exact - 1)
+    assert error.max() <= stated + 2 * 2.0**-24
+    assert error.max() >= stated / 2  # the table tells what is there, not a bound far away
+
+
+def test_powers_of_two_at_the_ends():
+    x = np.array(
+        [-math.inf, -1e30, -127.0, np.nextafter(np.float32(-126), np.float32(-127)), -126.0, 0, math.nan, -1e-38]
+    )
+    found = powers(x.astype(np.float32).repeat(2), 5, 16)[::2]
+    assert found[:4].tolist() == [0, 0, 0, 0]
+    assert found[4] == pytest.approx(2.0**-126, rel=1e-6)
+    assert found[5] == pytest.approx(1, rel=1e-6)
+    assert math.isnan(found[6])
+
+
+def powers(x, degree, lanes):
+    import tvm
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as B
+
+    from bitblas.schedule.cpu.exponential import exp2
+
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("powers")
+        B.func_attr({"global_symbol": "powers"})
+        a, b = B.arg("a", B.handle()), B.arg("b", B.handle())
+        A, R = B.match_buffer(a, (len(x),), "float32"), B.match_buffer(b, (len(x),), "float32")
+        with B.serial(0, len(x) // lanes) as i, B.sblock("powers"):
+            B.reads()
+            B.writes()
+            value = exp2(A.vload([i * lanes], f"float32x{lanes}"), lanes, degree)
+            B.buffer_store(R, value, [B.ramp(i * lanes, 1, lanes)])
+    compiled = tvm.compile(tvm.IRModule({"powers": builder.get()}), target="llvm").jit()
+    out = torch.empty(len(x))
+    compiled["powers"](torch.from_numpy(x), out)
+    return out.numpy()
+
+
+# -- rules -----------------------------------------------------------------------------------------------------------------
+
+#: Targets, and the rule that each takes for float32 and for bfloat16.
+TARGETS = {
+    "znver4": ("attention_avx512", "attention_avx512_bf16"),
+    "skylake-avx512": ("attention_avx512", "attention_avx512"),
+    "haswell": ("attention_avx2", "attention_avx2"),
+    "x86-64-v2": ("attention_generic", "attention_generic"),
+    "llvm -mtriple=aarch64-linux-gnu -mcpu=neoverse-n1": ("attention_neon", "attention_neon"),
+}
+
+
+@pytest.mark.parametrize(("target", "rules"), TARGETS.items())
+def test_the_rule_of_a_machine(target, rules):
+    resolved = resolve_target(target)
+    for dtype, rule in zip(("float32", "bfloat16"), rules, strict=True):
+        assert {kernel.rule for kernel in plan_attention(config(dtype), resolved).kernels} == {rule}
+    mixed = config("bfloat16", V_dtype="float16")
+    assert {kernel.rule for kernel in plan_attention(mixed, resolved).kernels} == {rules[0]}
+
+
+def test_a_rule_that_declines_says_why():
+    problem = AttentionProblem(config(), resolve_target("haswell"), 64)
+    reasons = {rule.name: rule.decline(problem) for rule in CPU_ATTENTION_RULES}
+    assert reasons["attention_avx2"] is None
+    assert "needs avx512f" in reasons["attention_avx512"]
+    assert "multiplies bfloat16, not float32" in reasons["attention_avx512_bf16"]
+    with pytest.raises(
+        UnsupportedError, match=r"attention_avx512: needs avx512f(?s:.)*haswell|haswell(?s:.)*needs avx512f"
+    ):
+        select_rule(tuple(rule for rule in CPU_ATTENTION_RULES if "avx512" in rule.name), problem)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_thread_holds_a_megabyte(target, dtype):
+    for dim in (1, 17, 64, 128, 192, 256, 576, MAX_HEAD_DIM):
+        cfg = config(dtype, dim=dim)
+        for m in QUERY_BUCKETS:
+            problem = AttentionProblem(cfg, resolve_target(target), m)
+            tilings = select_rule(CPU_ATTENTION_RULES, problem).tilings(problem)
+            assert len(set(tilings)) == len(tilings) >= 1
+            for tiling in tilings:
+                assert tiling.held_bytes(cfg) <= 1 << 20
+                assert tiling.block_m % (tiling.lanes * tiling.vectors) == 0 == tiling.block_n % tiling.keys
+                assert read_tiling(tiling.fields()) == tiling
+
+
+def test_a_problem_is_read_from_its_fields():
+    problem = AttentionProblem(config(is_causal=True).kernel, resolve_target("haswell"), 64)
+    assert read_problem(problem.fields(), problem.target) == problem
+
+
+# -- instructions ----------------------------------------------------------------------------------------------------------
+
+
+def inner_loops(library, instruction, least):
+    """Innermost loops of a library that have an instruction so often: lists of their instructions."""
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
+    )
+    lines = re.findall(r"^\s+([0-9a-f]+):\s+(\S.*)$", text.stdout, re.MULTILINE)
+    places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    loops = []
+    for i, (address, code) in enumerate(lines):
+        jump = re.match(r"j\w+\s+([0-9a-f]+)\b", code)
+        begin = places.get(int(jump[1], 16)) if jump else None
+        if begin is None or int(jump[1], 16) > int(address, 16):
+            continue
+        body = [code for _, code in lines[begin : i + 1]]
+        if sum(instruction in code for code in body) >= least and not any(re.match(r"j\w+\s", c) for c in body[:-1]):
+            loops.append(body)
+    return loops
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "instruction", "register", "least"),
+    [
+        ("znver4", "bfloat16", "vdpbf16ps", "zmm", 16),
+        ("skylake-avx512", "float32", "vfmadd", "zmm", 16),
+        ("haswell", "float32", "vfmadd", "ymm", 8),
+    ],
+)
+def test_products_stay_in_registers(target, dtype, instruction, register, least, tmp_path):
+    """The inner loops load words, multiply, and store nothing."""
+    plan = plan_attention(config(dtype, seq_len=1024), resolve_target(target))
+    assert len(plan.kernels) == 1
+    build.build_library(plan, tmp_path, build.find_compiler())
+    loops = inner_loops(tmp_path / build.LIBRARY, instruction, least)
+    assert len(loops) >= 2  # keys, and values
+    for body in loops:
+        products = [code for code in body if instruction in code]
+        assert all(f"%{register}" in code for code in products)
+        assert not [code for code in body if re.match(rf"vmov\S+\s+%{register}\d+,.*\(", code)]
+        tiling = plan.kernels[0].tiling
+        expected = {tiling.vectors * tiling.keys, tiling.vectors * tiling.values}
+        assert len(products) in expected or len(products) % min(expected) == 0
+        assert len(body) <= 2 * len(products) + 8
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if "aarch64" not in name])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_tiling_computes_the_same(target, dtype, tmp_path):
+    """All that a rule offers, where this CPU can run it: also what only tuning would choose."""
+    resolved = resolve_target(target)
+    if not resolved.features <= host_features():
+        pytest.skip(f"this CPU is no {target}")
+    for layout, dim, dim_v in (("nnn", 40, 24), ("ntn", 33, 33)):
+        cfg = config(dtype, dim=dim, dim_v=dim_v, layout=layout, is_causal=layout == "nnn", Out_dtype="float32").kernel
+        plan = plan_attention(cfg, resolved)
+        rule = select_rule(CPU_ATTENTION_RULES, AttentionProblem(cfg, resolved, 64))
+        tilings = rule.tilings(AttentionProblem(cfg, resolved, 64))
+        library = compile_tilings(plan, rule.name, tilings, tmp_path / layout)
+        problem = attention_reference.draw(cfg, batch=2, heads=6, heads_kv=2, seq_len=45, seq_len_kv=130)
+        for index in range(len(tilings)):
+            out = torch.full((2, 45, 6, dim_v), math.nan)
+            library[f"attention_{index}"](problem.q, problem.k, problem.v, out)
+            attention_reference.assert_close(out, problem, "bfloat16" if "bf16" in rule.name else "float32")
+
+
+def compile_tilings(plan, rule, tilings, folder):
+    """One library of a plan's config with all tilings."""
+    folder.mkdir()
+    kernels = tuple(KernelPlan(f"attention_{i}", rule, tiling, (64,)) for i, tiling in enumerate(tilings))
+    build.build_library(replace(plan, kernels=kernels), folder, build.find_compiler())
+    return tvm_ffi.load_module(str(folder / build.LIBRARY))
