@@ -10,9 +10,9 @@ import torch
 from reference import ROUNDOFF
 
 _HALF_SUBNORMAL = {"float16": 2.0**-25, "bfloat16": 2.0**-134, "float32": 2.0**-150}
-#: Relative error of a power of two, beside roundings: what docs/PythonAPI.md promises.
-POWER = 7.5e-8
-#: Fewest keys that a kernel looks at together: each such block scales what was summed before.
+#: Relative error of a power of two, beside roundings, by what weights are rounded to: what docs/PythonAPI.md promises.
+POWER = {"float32": 7.5e-8, "float16": 7.5e-5, "bfloat16": 7.5e-5}
+#: Fewest keys that a kernel looks at together: such a block scales what was summed before, where it has a larger score.
 _LEAST_BLOCK = 32
 
 
@@ -107,10 +107,10 @@ def bound(problem: Problem, weights_dtype: str | None = None) -> torch.Tensor:
     """Largest allowed distance from the float64 result, (batch, seq_len, heads, dim_v).
 
     With u the roundoff of float32, p the weights, s the scores and S = |softmax_scale|·Σ|q·k|, a weight is wrong by at most the
-    part E = (2·√dim + 3)·u·S + u·|s - max| + (POWER + 2u)·(1 + blocks): a sum of `dim` products, the factors that scale it, the
-    difference, and powers of two, one for the weight and one for each block of keys that comes later. An output is then wrong
-    by Σ p·E·|v|, the total by Σ p·E, and both sums by 2·√keys·u; weights that are rounded before they are multiplied with
-    values cost their roundoff twice, in the output and in the total.
+    part E = (2·√dim + 3)·u·S + u·|s - max| + (POWER + 2u)·(1 + rises): a sum of `dim` products, the factors that scale it, the
+    difference, and powers of two, one for the weight and one for each block of keys in which the maximum rises. An output is
+    then wrong by Σ p·E·|v|, the total by Σ p·E, and both sums by 2·√keys·u; weights that are rounded before they are multiplied
+    with values cost their roundoff twice, in the output and in the total.
 
     Parameters
     ----------
@@ -124,18 +124,27 @@ def bound(problem: Problem, weights_dtype: str | None = None) -> torch.Tensor:
     top = scores.amax(-1, keepdim=True) if keys else scores
     below = torch.where(scores == -math.inf, 0.0, (scores - top).abs())
     size = abs(config.softmax_scale) * (q.abs() @ k.abs())
-    blocks = -(-keys // _LEAST_BLOCK)
-    wrong = (2 * math.sqrt(config.dim) + 3) * u * size + u * below + (POWER + 2 * u) * (1 + blocks)
-    wrong = torch.where(p > 0, p * wrong, 0.0)
     if weights_dtype is None:
         all_brain = {config.Q_dtype, config.K_dtype, config.V_dtype} == {"bfloat16"}
         weights_dtype = "bfloat16" if all_brain else "float32"
     values = v.abs().nan_to_num(nan=0.0)  # of which those who see one have no bound
     magnitude = p @ values
+    powers = (POWER[weights_dtype] + 2 * u) * (1 + _rises(scores))
+    wrong = (2 * math.sqrt(config.dim) + 3) * u * size + u * below + powers
+    wrong = torch.where(p > 0, p * wrong, 0.0)
     allowed = wrong @ values + wrong.sum(-1, keepdim=True) * magnitude
     allowed = allowed + (4 * math.sqrt(keys) * u + 2 * u + 2 * ROUNDOFF[weights_dtype]) * magnitude
     allowed = allowed.permute(0, 2, 1, 3)
     return allowed + ROUNDOFF[config.Out_dtype] * problem.output().abs() + _HALF_SUBNORMAL[config.Out_dtype]
+
+
+def _rises(scores: torch.Tensor) -> torch.Tensor:
+    """In how many blocks of keys the maximum of a row rises: (..., 1)."""
+    blocks = [block.amax(-1) for block in scores.split(_LEAST_BLOCK, -1) if block.shape[-1]]
+    if len(blocks) < 2:
+        return torch.zeros_like(scores[..., :1])
+    highest = torch.stack(blocks, -1).nan_to_num(nan=-math.inf).cummax(-1).values
+    return (highest[..., 1:] > highest[..., :-1]).sum(-1, keepdim=True)
 
 
 def assert_close(out: torch.Tensor, problem: Problem, weights_dtype: str | None = None) -> None:

@@ -36,8 +36,9 @@ class AttentionDoor:
         self._same_dtype = self._out_dtype is self._q_dtype
         self._dim, self._dim_v, self._by_columns = config.dim, config.dim_v, config.layout == "ntn"
         self._given = config.batch, config.heads, config.heads_kv, config.seq_len, config.seq_len_kv
-        #: whether `_ready` would do nothing with usual tensors: a class with another one says what is usual there
-        self._takes_usual = type(self)._ready is AttentionDoor._ready
+        kind = type(self)
+        #: whether `_ready` would do nothing with usual tensors: a class with another one has to say what is usual there
+        self._takes_usual = kind._ready is AttentionDoor._ready or kind._is_usual is not AttentionDoor._is_usual
         self._is_open = not any(self._given)
 
     def enter(
@@ -123,6 +124,7 @@ class AttentionDoor:
             type(output) in PLAIN
             and output.dtype is self._out_dtype
             and output.is_cpu is self._on_cpu
+            and output.get_device() == operands[0].get_device()
             and output.layout is _STRIDED
             and not output.is_nested
             and output.shape == (batch, seq_len, heads, self._dim_v)

@@ -41,7 +41,7 @@ class CudaAttentionDoor(AttentionDoor):
 
     def enter(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor | None
-    ) -> tuple[Sizes, list[torch.Tensor], torch.Tensor]:
+    ) -> tuple[Sizes, tuple[torch.Tensor, ...], torch.Tensor]:
         """See `AttentionDoor`.
 
         Raises
@@ -70,6 +70,18 @@ class CudaAttentionDoor(AttentionDoor):
 
     def _check_device(self, q: torch.Tensor) -> None:
         check_device("q", q, self.device, self._target)
+
+    def _usual_sizes(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Sizes | None:
+        sizes = super()._usual_sizes(q, k, v)
+        return sizes if sizes and q.get_device() == k.get_device() == v.get_device() else None
+
+    def _is_usual(self, tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+        if not super()._is_usual(tensor, dtype):
+            return False
+        if not self._aligns:
+            return True
+        first, second, third, _ = tensor.stride()
+        return not (tensor.data_ptr() | (first | second | third) * tensor.element_size()) % ALIGNMENT
 
     def _ready(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor as kernels take it: where they read 16 bytes at once, those are aligned."""

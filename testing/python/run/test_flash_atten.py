@@ -127,6 +127,16 @@ def test_lengths_around_blocks(which, keys):
         check(which, draw(which, 1, 1, 1, queries, keys))
 
 
+@pytest.mark.parametrize("which", ["float32", "bfloat16 causal", "float16 causal"])
+def test_very_many_keys(which):
+    """What is summed early must not lose, or win, with each block that comes later."""
+    problem = draw(which, 1, 1, 1, 1, 1 << 17)
+    sign = torch.where(torch.arange(1 << 17) < 1 << 16, 1.0, -1.0).to(problem.v.dtype)[None, :, None, None]
+    balanced = reference.Problem(problem.config, torch.zeros_like(problem.q), problem.k, sign.expand(problem.v.shape))
+    check(which, balanced)
+    check(which, problem)
+
+
 @given(st.data())
 def test_any_shape(data):
     which = data.draw(st.sampled_from(list(CONFIGS)))

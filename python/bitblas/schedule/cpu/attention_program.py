@@ -20,7 +20,7 @@ from .attention_tiling import LaneAttentionTiling
 from .exponential import exp2
 
 #: Degree of the polynomial of 2^x, by how weights are multiplied: as float32, or rounded to bfloat16.
-_DEGREES = {"": 5, "bf16": 3}
+_DEGREES = {"": 6, "bf16": 3}
 
 
 class LaneAttention(AttentionPanels):
@@ -171,7 +171,9 @@ class LaneAttention(AttentionPanels):
         total = alloc("total", self.together, scope="local")
         for at in self._vectors():
             maximum = let("maximum", self.load(largest, at))
-            factor = let("factor", exp2(self.load(self.maxima, row + at) - maximum, self.lanes, self.degree))
+            before = let("before", self.load(self.maxima, row + at))
+            power = exp2(before - maximum, self.lanes, self.degree)  # which is not 1 for 0, and would add up
+            factor = let("factor", tirx.Select(before == maximum, self.spread(1.0), power))
             self.store(factors, at, factor)
             self.store(total, at, self.load(self.totals, row + at) * factor)
             self.store(self.maxima, row + at, maximum)
