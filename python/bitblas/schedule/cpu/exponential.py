@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.ir import Expr
 
-#: By degree: coefficients of 2^f, ascending, for f in [-1/2, 1/2], of the least relative error, and that error. That of degree 6
+#: By degree: coefficients of 2^f, ascending, for f in [-1/2, 1/2], of the least relative error, and that error. Degree 6
 #: gives exactly 1 for 0, and its values in float32 are wrong by at most 1.1e-7.
 COEFFICIENTS: dict[int, tuple[tuple[float, ...], float]] = {
     3: ((0.9999280729172343, 0.6932609864397807, 0.24261113279414462, 0.05517166876061115), 7.5e-5),
