@@ -147,7 +147,7 @@ def _records(root: Path) -> Iterator[Record]:
 def _choices(record: Mapping[str, Any]) -> tuple[object, ...]:
     """What tells the operator that a tuning record is for: its config and target, and the tilings by bucket."""
     with suppress(KeyError, TypeError, ValueError, AttributeError, BitBLASError):
-        return read_config(record).kernel, record["target"], choices(record)
+        return read_config(record).recorded, record["target"], choices(record)
     return ()
 
 
@@ -214,7 +214,7 @@ def _tilings(
         own = {m: read_tiling(kernel["tiling"]) for kernel in plan["kernels"] for m in kernel["buckets"]}
         if config is None or target is None:
             return ""
-        if any(row and row[:2] == (config, str(target)) and _agrees(row[2], own) for row in tuned):
+        if any(row and row[:2] == (config.recorded, str(target)) and _agrees(row[2], own) for row in tuned):
             return "tuned"
         if usable and target.kind == "llvm":  # a card's numbers, which are not written here, decide on its defaults
             return "default" if make_plan(config, target).tilings == own else "other"
@@ -222,5 +222,6 @@ def _tilings(
 
 
 def _agrees(chosen: object, own: Mapping[int, object]) -> bool:
-    """Whether tilings are those of a record, which may know some buckets only."""
-    return isinstance(chosen, Mapping) and all(own.get(m) == tiling for m, tiling in chosen.items())
+    """Whether tilings are those of a record; either may know some buckets only."""
+    known = [m for m in own if m in chosen] if isinstance(chosen, Mapping) else []
+    return bool(known) and all(chosen[m] == own[m] for m in known)

@@ -145,7 +145,11 @@ class FlashAttenConfig:
         if self.heads_kv is None:
             return self.heads
         heads_kv = check_size("heads_kv", self.heads_kv)
-        if self.heads is None or self.heads % heads_kv:
+        if self.heads is None:
+            raise ConfigError(
+                f"heads_kv is {heads_kv}, but heads is not given, which leaves both open; give heads as well"
+            )
+        if self.heads % heads_kv:
             raise ConfigError(f"heads_kv is {heads_kv}; it must be a divisor of heads = {self.heads}")
         return heads_kv
 
@@ -164,6 +168,11 @@ class FlashAttenConfig:
         """The config of the kernels that serve this one: they take any batch, heads and lengths, and know a bucket of rows."""
         rows = self.buckets[0] if len(self.buckets) == 1 else None
         return replace(self, batch=None, heads=None, heads_kv=None, seq_len=rows, seq_len_kv=None)
+
+    @property
+    def recorded(self) -> FlashAttenConfig:
+        """The config under which measurements are kept, by bucket: that for any lengths."""
+        return self.for_bucket(None)
 
     def for_bucket(self, m: int | None) -> FlashAttenConfig:
         """The config of a kernel for one bucket of rows; None leaves them open."""

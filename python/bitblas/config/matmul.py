@@ -338,6 +338,11 @@ class MatmulConfig:
             return "int32" if self.out_dtype in _INTEGER_DTYPES else self.out_dtype
         return self.A_dtype if self.A_dtype == self.out_dtype else "float32"
 
+    @property
+    def recorded(self) -> MatmulConfig:
+        """The config under which measurements are kept, by bucket."""
+        return self.kernel
+
     def for_bucket(self, m: int | None) -> MatmulConfig:
         """The config of a kernel for one bucket of rows; None leaves them open. That of a fixed M keeps it."""
         kernel = self.kernel

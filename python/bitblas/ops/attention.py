@@ -16,7 +16,6 @@ from .arguments import PLAIN, check_kind
 from .attention_arguments import AttentionDoor
 from .cuda_attention_arguments import CudaAttentionDoor
 from .operator import Operator
-from .provider import Provided
 from .registry import announce, makers
 from .torch_attention import NO_GRADIENT, attention_spec
 
@@ -24,6 +23,8 @@ from .torch_attention import NO_GRADIENT, attention_spec
 _num_modes = torch._C._len_torch_dispatch_stack
 #: The innermost transform of torch.func that is at work, or None; tensors inside of it have no memory that a kernel could read.
 _transforms = torch._C._functorch.peek_interpreter_stack
+#: What torch.jit.trace records into, or None: it sees what goes through torch's dispatcher.
+_tracing = torch._C._get_tracing_state
 
 
 class FlashAtten(Operator):
@@ -81,17 +82,9 @@ class FlashAtten(Operator):
     ) -> None:
         self._construct(config, FlashAttenConfig, name, target, enable_tuning, from_database, backend)
 
-    def _install(
-        self,
-        config: FlashAttenConfig,
-        plan: AttentionPlan,
-        provided: Provided | None,
-        name: str,
-        backend: str,
-        record: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super()._install(config, plan, provided, name, backend, record, **options)
+    def _adopt(self, plan: AttentionPlan) -> None:
+        super()._adopt(plan)
+        config = self.config
         self._door = CudaAttentionDoor(config, plan) if plan.target.kind == "cuda" else AttentionDoor(config)
         #: names this operator in a graph of torch
         self._spec = attention_spec(config, plan.target)
@@ -132,6 +125,7 @@ class FlashAtten(Operator):
             or type(v) not in PLAIN
             or _num_modes()
             or _transforms() is not None
+            or _tracing() is not None
             or profiler._is_profiler_enabled  # which is to see `bitblas::flash_atten`
             or forward_ad._current_level >= 0
             or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
@@ -159,6 +153,10 @@ class FlashAtten(Operator):
         if output is None:
             return torch.ops.bitblas.flash_atten(q, k, v, self._spec)
         check_kind("output", output)
+        if _transforms() is not None:
+            raise ArgumentError(
+                "output was given inside of a transform of torch.func, such as torch.vmap; give none there"
+            )
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ArgumentError(
                 "output was given, and q, k or v requires a gradient; give no output, or use torch.no_grad()"

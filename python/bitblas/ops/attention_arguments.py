@@ -15,6 +15,10 @@ _STRIDED = torch.strided
 Shape = tuple[int, ...]
 
 
+#: Kernels number keys with 32 bits, of which the last block may reach beyond.
+MOST_KEYS = (1 << 31) - 1024
+
+
 class AttentionDoor:
     """Checks and binds the arguments of one operator.
 
@@ -60,6 +64,8 @@ class AttentionDoor:
         sizes = self._usual_sizes(q, k, v) if self._takes_usual else None
         if sizes is None:
             sizes, operands = self._enter_slowly(q, k, v)
+        if sizes.seq_len_kv > MOST_KEYS:
+            raise ArgumentError(f"k has {sizes.seq_len_kv} keys; they must be at most {MOST_KEYS}")
         if output is not None:
             return sizes, operands, self._output(output, sizes, operands)
         batch, heads, _, seq_len, _ = sizes

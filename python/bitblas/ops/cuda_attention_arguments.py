@@ -10,11 +10,9 @@ from ..config import FlashAttenConfig
 from ..errors import ArgumentError
 from ..plan import AttentionPlan
 from ..schedule.cuda.attention_tiles import CHUNK, FragmentAttentionTiling
-from .attention_arguments import AttentionDoor, Sizes
+from .attention_arguments import MOST_KEYS, AttentionDoor, Sizes
 from .cuda_arguments import ALIGNMENT, check_device
 
-#: Kernels number rows, keys and blocks with 32 bits, of which the last tile may reach beyond.
-_MOST = (1 << 31) - 1024
 #: The fewest rows of a block.
 _BLOCK_ROWS = 8
 
@@ -57,10 +55,10 @@ class CudaAttentionDoor(AttentionDoor):
             self._check_device(q)
             self._able.add(index)
         blocks = sizes.batch * sizes.heads_kv * -(-sizes.rows // _BLOCK_ROWS)
-        if max(sizes.rows, sizes.seq_len_kv, blocks) > _MOST:
+        if max(sizes.rows, blocks) > MOST_KEYS:
             raise ArgumentError(
-                f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; queries of the heads that share a head of k, keys, and "
-                f"blocks of {_BLOCK_ROWS} such queries of all heads must be at most {_MOST}"
+                f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; queries of the heads that share a head of k, and "
+                f"blocks of {_BLOCK_ROWS} such queries of all heads must be at most {MOST_KEYS}"
             )
         if out.data_ptr() % ALIGNMENT and self._aligns:
             raise ArgumentError(

@@ -114,7 +114,10 @@ class Matmul(Operator, WithWeights, WithFacts):
         self._dense_cache = bool(options.get("dense_cache"))
         super()._install(config, plan, provided, name, backend, record)
         self._with_bias = config.with_bias
-        shape = tuple(self.retrieve_weight_shape())
+
+    def _adopt(self, plan: MatmulPlan) -> None:
+        super()._adopt(plan)
+        config, shape = self.config, tuple(self.retrieve_weight_shape())
         self._door = CudaDoor(config, shape, plan.target) if plan.target.kind == "cuda" else Door(config, shape)
         #: names this operator in a graph of torch
         self._spec = operator_spec(config, plan.target, self.layout.name, self._dense_cache)

@@ -74,13 +74,17 @@ class Operator:
     ) -> None:
         """Become an operator; a class takes the `options` that it was made with."""
         self.config, self.name, self.backend = config, name, backend
-        self.target: Target = plan.target
-        self.plan = plan
+        self._adopt(plan)
         self._tuning_record = record
         self._from_database = False
         self._lock = ForkLock()
         self._provided = provided
         self._kernels: Kernels | None = self._own(provided.kernels) if provided else None
+
+    def _adopt(self, plan: Any) -> None:
+        """Take a plan, and all that depends on its target: what checks arguments, and what a graph calls the operator."""
+        self.plan = plan
+        self.target: Target = plan.target
 
     @classmethod
     def restore(
@@ -114,7 +118,8 @@ class Operator:
                 if self._from_database and provider.find_saved is not None:
                     saved = provider.find_saved(self.config, self.target)
                 self._provided = saved or provide(self.plan)
-                self.plan = self._provided.plan
+                if self._provided.plan != self.plan:
+                    self._adopt(self._provided.plan)
                 self._kernels = self._own(self._provided.kernels)
             return self._kernels or self._own(self._provided.kernels)
 
@@ -199,7 +204,8 @@ class Operator:
         plan = make_plan(self.config, chosen, choices(record))
         provided = provide(plan)
         with self._lock.held():
-            self.target, self.plan, self._provided, self._kernels = chosen, plan, provided, self._own(provided.kernels)
+            self._adopt(plan)
+            self._provided, self._kernels = provided, self._own(provided.kernels)
             self._tuning_record = record
         return {m: row.fields() for m, row in found.buckets.items()}
 

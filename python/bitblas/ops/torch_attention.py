@@ -55,21 +55,35 @@ def _attention_into_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """There is nothing to keep."""
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """An operator that a compiler may trace, with a forward pass that needs it never, and that raises where it is run."""
+    q, k, v = ctx.saved_tensors
+    return *torch.ops.bitblas.flash_atten_gradient(grad, q, k, v), None
+
+
+def _gradient(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     raise ArgumentError(NO_GRADIENT)
 
 
+def _gradient_fake(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def _define() -> None:
-    """Register both."""
+    """Register all of them."""
     library = torch.library
     library.define("bitblas::flash_atten", "(Tensor q, Tensor k, Tensor v, str operator) -> Tensor")
     library.define("bitblas::flash_atten_into", "(Tensor q, Tensor k, Tensor v, Tensor(a!) output, str operator) -> ()")
+    library.define(
+        "bitblas::flash_atten_gradient", "(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)"
+    )
     for name, kernel, fake in (
         ("bitblas::flash_atten", _attention, _attention_fake),
         ("bitblas::flash_atten_into", _attention_into, _attention_into_fake),
+        ("bitblas::flash_atten_gradient", _gradient, _gradient_fake),
     ):
         library.impl(name, _DEVICES)(kernel)
         library.register_fake(name)(fake)

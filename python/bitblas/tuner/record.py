@@ -58,7 +58,7 @@ def record_path(config: Config, target: Target) -> Path:
 
 
 def _key(config: Config, target: Target, versions: Mapping[str, str]) -> str:
-    return artifact_key({"config": config.kernel.fields(), "target": target.facts(), "toolchain": versions})
+    return artifact_key({"config": config.recorded.fields(), "target": target.facts(), "toolchain": versions})
 
 
 def save_record(

@@ -13,8 +13,9 @@ from bitblas.cache import OperatorCache
 from bitblas.errors import ArgumentError
 from bitblas.plan import plan_attention
 from bitblas.schedule import RULES, AttentionProblem, select_rule
-from bitblas.target import host_target
+from bitblas.target import host_target, resolve_target
 from bitblas.tuner import local
+from bitblas.tuner.record import record_path
 from bitblas.tuner.search import candidates, tiling_of
 from scripts import report
 
@@ -146,6 +147,28 @@ def test_the_pass_measures_for_real():
     assert all(0 < seconds < 10 for seconds in seen)
     fastest = offered(small(), 16)[seen.index(min(seen))]
     assert json.loads(str(func.attrs[PROBLEM_ATTR]))["tiling"] == fastest.fields()
+
+
+def test_a_record_is_for_all_lengths_and_heads():
+    fields = {"dim": 64, "is_causal": True}
+    alike = [
+        FlashAttenConfig(**fields),
+        FlashAttenConfig(1, 8, 128, **fields),
+        FlashAttenConfig(2, 8, 1, heads_kv=2, **fields),
+    ]
+    target = resolve_target("llvm")
+    assert len({record_path(config, target) for config in alike}) == 1
+    assert record_path(FlashAttenConfig(dim=64), target) != record_path(alike[0], target)
+
+
+def test_another_target_brings_another_door(store):
+    """What checks arguments, and what a graph calls the operator, are those of the plan."""
+    op = FlashAtten(FlashAttenConfig(dim=64), target="llvm", from_database=True)
+    door, spec = op._door, op._spec
+    op._adopt(plan_attention(op.config, resolve_target("x86-64-v2")))
+    assert op.target == resolve_target("x86-64-v2")
+    assert op._door is not door
+    assert op._spec != spec
 
 
 def test_a_target_of_another_kind(store):

@@ -284,6 +284,29 @@ def test_vmap_and_functionalize():
     reference.assert_close(out, draw())
 
 
+def test_vmap_fills_no_output():
+    run, given = attention("open"), operands()
+    with pytest.raises(ArgumentError, match=r"^output was given inside of a transform of torch\.func"):
+        torch.vmap(lambda q: run(q, given["k"], given["v"], output=floats(*OUT)))(torch.stack([given["q"]] * 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_call_is_no_constant():
+    run, given = attention("open"), operands()
+    traced = torch.jit.trace(lambda q: run(q, given["k"], given["v"]), (given["q"],))
+    other = draw(seed=1).q
+    assert torch.equal(traced(other), run(other, given["k"], given["v"]))
+
+
+def test_more_keys_than_kernels_number():
+    config = FlashAttenConfig(dim=1, Q_dtype="float32", K_dtype="float32", V_dtype="float32", Out_dtype="float32")
+    run = FlashAtten(config, target="llvm", from_database=True)  # nothing is built
+    many = torch.ones(1, 1, 1, 1).expand(1, 2**31, 1, 1)
+    with pytest.raises(ArgumentError, match=r"^k has 2147483648 keys; they must be at most 2147482624$"):
+        run(torch.ones(1, 1, 1, 1), many, many)
+    assert run.origin == "not built"
+
+
 def test_inference_mode():
     with torch.inference_mode():
         given = operands()
@@ -396,8 +419,10 @@ def test_compile_with_an_output(backend):
 
 
 @pytest.mark.usefixtures("fresh")
-def test_compile_and_gradients():
-    compiled = torch.compile(attention("open"), fullgraph=True, backend="eager")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile_and_gradients(backend):
+    """A compiler that traces the backward pass ahead meets no error before that runs."""
+    compiled = torch.compile(attention("open"), fullgraph=True, backend=backend)
     given = operands()
     given["q"].requires_grad_()
     out = compiled(**given)

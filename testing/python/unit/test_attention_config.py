@@ -114,7 +114,10 @@ WRONG = [
     ({"heads_kv": 0}, rf"^heads_kv is 0; {SIZE}"),
     ({"heads_kv": 3}, r"^heads_kv is 3; it must be a divisor of heads = 8$"),
     ({"heads_kv": 16}, r"^heads_kv is 16; it must be a divisor of heads = 8$"),
-    ({"heads": None, "heads_kv": 2}, r"^heads_kv is 2; it must be a divisor of heads = None$"),
+    (
+        {"heads": None, "heads_kv": 2},
+        r"^heads_kv is 2, but heads is not given, which leaves both open; give heads as well$",
+    ),
     ({"Q_dtype": "float64"}, rf"^Q_dtype is 'float64'; {DTYPES}"),
     ({"Q_dtype": None}, rf"^Q_dtype is None; {DTYPES}"),
     ({"K_dtype": "int8"}, rf"^K_dtype is 'int8'; {DTYPES}"),

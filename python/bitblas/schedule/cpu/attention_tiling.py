@@ -39,4 +39,6 @@ class LaneAttentionTiling(AttentionTiling):
         values = self.block_n // 2 if self.dot else self.block_n
         panels = (words + config.dim_v) * self.block_m + self.block_n * words + values * config.dim_v
         scores = (self.block_n + (values if self.dot else 0)) * self.lanes * self.vectors
-        return 4 * (panels + scores + 3 * self.block_m)
+        squares = 2 * self.lanes * self.lanes
+        # of each row: a maximum, a total, a limit, and two int64 that say where it is
+        return 4 * (panels + scores + squares + 7 * self.block_m)

@@ -64,7 +64,7 @@ class FragmentAttentionRule(AttentionRule[FragmentAttentionTiling]):
             return f"takes Q, K and V all in {' or '.join(_FLOATS)}, not {', '.join(sorted(dtypes))}"
         if config.Q_dtype == "bfloat16" and target.capability < 80:
             return f"multiplies bfloat16 from capability 8.0 on, not on {target}"
-        if config.dim % CHUNK or (config.dim_v or 0) % CHUNK:
+        if config.dim % CHUNK or config.dim_v % CHUNK:
             return f"takes dim and dim_v in multiples of {CHUNK}, not {config.dim} and {config.dim_v}"
         if not _tilings(problem):
             return f"has no room for heads of {config.dim} and {config.dim_v} in registers and shared memory"
@@ -116,7 +116,7 @@ class ThreadAttentionRule(AttentionRule[ThreadAttentionTiling]):
     def tilings(self, problem: AttentionProblem) -> list[ThreadAttentionTiling]:
         """See `Rule`."""
         config = problem.config
-        most = next(rows for dim, rows in _THREAD_ROWS if max(config.dim, config.dim_v or 0) <= dim)
+        most = next(rows for dim, rows in _THREAD_ROWS if max(config.dim, config.dim_v) <= dim)
         sizes = [rows for _, rows in _THREAD_ROWS if rows <= most]
         enough = [rows for rows in sizes if rows < 2 * problem.m]
         order = enough + [rows for rows in reversed(sizes) if rows not in enough]

@@ -103,7 +103,7 @@ class AttentionArguments:
 
     def __init__(self, config: FlashAttenConfig, block_m: int, block_n: int, num_threads: int) -> None:
         self.config, self.block_m, self.block_n, self.num_threads = config, block_m, block_n, num_threads
-        scale = float(config.softmax_scale or 0.0) * math.log2(math.e)
+        scale = config.softmax_scale * math.log2(math.e)
         scale = max(min(scale, _LARGE_SCALE), -_LARGE_SCALE)
         #: What scores are multiplied by before they are compared, if at all, and after that.
         self.first_scale: float | None

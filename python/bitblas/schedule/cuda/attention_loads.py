@@ -43,7 +43,7 @@ class AttentionLoads(AttentionArguments):
         super().__init__(config, tiling.block_m, tiling.block_n, tiling.num_threads)
         self.tiling = tiling
         self.products = "bf16" if config.Q_dtype == "bfloat16" else "f16"
-        self.dim, self.dim_v = config.dim, config.dim_v or 0
+        self.dim, self.dim_v = config.dim, config.dim_v
         self.k_steps = in_fragments(self.dim) // FRAGMENT
         self.is_transposed = config.layout == "ntn"
         self.q_pitch = row_bytes(in_fragments(self.dim))

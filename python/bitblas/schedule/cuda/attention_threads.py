@@ -37,7 +37,7 @@ class ThreadAttentionProgram(AttentionArguments):
 
     def __init__(self, config: FlashAttenConfig, tiling: ThreadAttentionTiling) -> None:
         super().__init__(config, tiling.block_m, tiling.block_n, THREADS)
-        self.tiling, self.dim, self.dim_v = tiling, config.dim, config.dim_v or 0
+        self.tiling, self.dim, self.dim_v = tiling, config.dim, config.dim_v
         self.k_at, self.weights_at, self.facts_at, self.size = tiling.places(config)
         self.column_threads = tiling.column_threads(config)
         self.columns = -(-self.dim_v // self.column_threads)

@@ -88,7 +88,7 @@ class FragmentAttentionTiling(AttentionTiling):
 
     def v_bytes(self, config: FlashAttenConfig) -> int:
         """Shared memory of a tile of V."""
-        return self.block_n * row_bytes(in_fragments(config.dim_v or 0))
+        return self.block_n * row_bytes(in_fragments(config.dim_v))
 
     def stage_bytes(self, config: FlashAttenConfig) -> int:
         """Shared memory of a tile of K, and then of V."""
@@ -100,7 +100,7 @@ class FragmentAttentionTiling(AttentionTiling):
 
     def total_pitch(self, config: FlashAttenConfig) -> int:
         """float32 elements from a row of the result to the next in shared memory."""
-        return in_fragments(config.dim_v or 0) + TOTAL_PADDING
+        return in_fragments(config.dim_v) + TOTAL_PADDING
 
     def stores_rounded(self, config: FlashAttenConfig) -> bool:
         """Whether results are rounded before they pass through shared memory: where no warps have to join theirs."""
@@ -111,7 +111,7 @@ class FragmentAttentionTiling(AttentionTiling):
         operands = max(self.stages * self.stage_bytes(config), self.q_place(config) + self.q_bytes(config))
         results = 4 * self.warps_n * self.block_m * (self.total_pitch(config) + 2)
         if self.stores_rounded(config):
-            results = self.block_m * row_bytes(in_fragments(config.dim_v or 0))
+            results = self.block_m * row_bytes(in_fragments(config.dim_v))
         return max(operands, results)
 
     def parks_rows(self, config: FlashAttenConfig) -> bool:
@@ -129,7 +129,7 @@ class FragmentAttentionTiling(AttentionTiling):
     def registers(self, config: FlashAttenConfig) -> int:
         """Registers that a thread needs for results, scores and rows of Q: most of them."""
         q = in_fragments(config.dim) // 4 if self.keeps_q else 4
-        return self.m_tiles * (in_fragments(config.dim_v or 0) // 2 + self.warp_keys // 2 + q)
+        return self.m_tiles * (in_fragments(config.dim_v) // 2 + self.warp_keys // 2 + q)
 
 
 #: Threads of a block that computes number by number, scores of a tile of each of them, and elements of a head at a time.
@@ -178,5 +178,5 @@ class ThreadAttentionTiling(AttentionTiling):
 
     def column_threads(self, config: FlashAttenConfig) -> int:
         """Threads that share out the elements of a row of the result; the others share out rows, four or more each."""
-        wanted = 1 << (-(-(config.dim_v or 0) // QUAD) - 1).bit_length()
+        wanted = 1 << (-(-config.dim_v // QUAD) - 1).bit_length()
         return min(THREADS, max(wanted, THREADS * QUAD // self.block_m))
