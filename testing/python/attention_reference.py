@@ -11,7 +11,7 @@ from reference import ROUNDOFF
 
 _HALF_SUBNORMAL = {"float16": 2.0**-25, "bfloat16": 2.0**-134, "float32": 2.0**-150}
 #: Relative error of a power of two, beside roundings, by what weights are rounded to: what docs/PythonAPI.md promises.
-POWER = {"float32": 7.5e-8, "float16": 7.5e-5, "bfloat16": 7.5e-5}
+POWER = {"float32": 2e-9, "float16": 7.5e-5, "bfloat16": 7.5e-5}
 #: Fewest keys that a kernel looks at together: such a block scales what was summed before, where it has a larger score.
 _LEAST_BLOCK = 32
 

@@ -52,30 +52,26 @@ def test_the_definition_computes_attention(layout, causal):
 # -- the exponential -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("degree", [3, 4, 5])
+@pytest.mark.parametrize(("degree", "promised"), [(3, 7.5e-5), (6, 1.1e-7)])
 @pytest.mark.parametrize("lanes", [4, 16])
-def test_powers_of_two_have_the_stated_error(degree, lanes):
-    from bitblas.schedule.cpu.exponential import COEFFICIENTS
-
-    x = np.concatenate([np.linspace(-126, 1, 1 << 16), -np.logspace(-30, 2, 1 << 12), [0.0, -1.5, 0.5, -0.5, 1.0]])
+def test_powers_of_two_have_the_stated_error(degree, promised, lanes):
+    x = np.concatenate([np.linspace(-125, 1, 1 << 16), -np.logspace(-30, 2, 1 << 12), [0.0, -1.5, 0.5, -0.5, 1.0]])
     x = x.astype(np.float32)
     x = np.pad(x, (0, -len(x) % lanes))
     found = powers(x, degree, lanes).astype(np.float64)
     exact = np.exp2(x.astype(np.float64))
-    stated = COEFFICIENTS[degree][1]
     error = np.abs(found / exact - 1)
-    assert error.max() <= stated + 2 * 2.0**-24
-    assert error.max() >= stated / 2  # the table tells what is there, not a bound far away
+    assert promised / 2 <= error.max() <= promised + 2.0**-23 * (degree == 3)
 
 
 def test_powers_of_two_at_the_ends():
     x = np.array(
-        [-math.inf, -1e30, -127.0, np.nextafter(np.float32(-126), np.float32(-127)), -126.0, 0, math.nan, -1e-38]
+        [-math.inf, -1e30, -127.0, np.nextafter(np.float32(-125), np.float32(-126)), -125.0, 0, math.nan, -1e-38]
     )
-    found = powers(x.astype(np.float32).repeat(2), 5, 16)[::2]
+    found = powers(x.astype(np.float32).repeat(2), 6, 16)[::2]
     assert found[:4].tolist() == [0, 0, 0, 0]
-    assert found[4] == pytest.approx(2.0**-126, rel=1e-6)
-    assert found[5] == pytest.approx(1, rel=1e-6)
+    assert found[4] == pytest.approx(2.0**-125, rel=1e-6)
+    assert found[5] == 1
     assert math.isnan(found[6])
 
 
@@ -191,6 +187,7 @@ def test_products_stay_in_registers(target, dtype, instruction, register, least,
     assert len(plan.kernels) == 1
     build.build_library(plan, tmp_path, build.find_compiler())
     loops = inner_loops(tmp_path / build.LIBRARY, instruction, least)
+    loops = [body for body in loops if not re.search("vrndscale|vround", " ".join(body))]  # those of exponentials
     assert len(loops) >= 2  # keys, and values
     for body in loops:
         products = [code for code in body if instruction in code]

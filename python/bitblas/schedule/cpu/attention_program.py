@@ -20,7 +20,7 @@ from .attention_tiling import LaneAttentionTiling
 from .exponential import exp2
 
 #: Degree of the polynomial of 2^x, by how weights are multiplied: as float32, or rounded to bfloat16.
-_DEGREES = {"": 5, "bf16": 3}
+_DEGREES = {"": 6, "bf16": 3}
 
 
 class LaneAttention(AttentionPanels):

@@ -106,7 +106,7 @@ class AttentionLoads(AttentionArguments):
         for row, chunk, more in self._chunks(in_fragments(self.dim), self.block_n // CHUNK):
             key, element = tile * self.block_n + chunk * CHUNK, row + more
             source = base + i64(element) * self.k.strides[1] + i64(key)
-            size = tirx.max(tirx.min((self.keys - key) * 2, 16), tirx.const(0, "int32"))
+            size = tirx.max(tirx.min(self.keys - key, CHUNK), tirx.const(0, "int32")) * 2
             if self.dim % FRAGMENT:
                 size = tirx.Select(element < self.dim, size, tirx.const(0, "int32"))
             place = to + (row + more) * self.k_pitch + chunk * 16

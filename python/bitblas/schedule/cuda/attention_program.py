@@ -50,27 +50,27 @@ class AttentionProgram(AttentionLoads):
             run("wait_copies<0>")
             B.evaluate(B.tvm_storage_sync("shared"))
             self.base_of_k, self.base_of_v = self.bases[self.bases_at], self.bases[self.bases_at + 1]
-            if self.tiling.stages == 1:
-                self._operands(0)
+            stages = self.tiling.stages
+            if stages == 1:
                 self._copy_v(tile, 0)
-                run("commit_copies")
-                self._multiply_keys()
-                run("wait_copies<0>")
-                B.evaluate(B.tvm_storage_sync("shared"))
-                with when(tile + 1 < self.num_tiles):
-                    self._copy_k(tile + 1, 0)
             else:
-                self._operands(tile % 2)
                 with when(tile + 1 < self.num_tiles):
                     self._copy_k(tile + 1, (tile + 1) % 2)
                     self._copy_v(tile + 1, (tile + 1) % 2)
-                run("commit_copies")
-                self._multiply_keys()
-            if self.tiling.stages == 1:
-                run("commit_copies")
+            run("commit_copies")
+            self._operands(tile % 2 if stages == 2 else 0)
+            self._multiply_keys()
+            if stages == 1:
+                run("wait_copies<0>")
+                B.evaluate(B.tvm_storage_sync("shared"))
             self._hide(tile)
             self._weigh()
+            if stages == 1:
+                with when(tile + 1 < self.num_tiles):
+                    self._copy_k(tile + 1, 0)
+                run("commit_copies")
             self._multiply_values()
+            self._park(self.sums, 1)  # not before, or no product would begin until all exponentials are there
         self._finish()
 
     def _allocate(self) -> None:
@@ -234,7 +234,6 @@ class AttentionProgram(AttentionLoads):
                 self.scores[index] = exp2(self.scores[index] * scale - base)
                 total = total + self.scores[index]
             self.sums[part] = total
-        self._park(self.sums, 1)
 
     def _shrink(self, part: int, largest: Expr) -> None:
         """Make the sum and the results of a row relative to a larger maximum."""
