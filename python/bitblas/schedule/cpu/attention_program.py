@@ -21,6 +21,8 @@ from .exponential import exp2
 
 #: Degree of the polynomial of 2^x, by how weights are multiplied: as float32, or rounded to bfloat16.
 _DEGREES = {"": 6, "bf16": 3}
+#: … and of the factors of what was summed before: 1 where a maximum has not risen, or errors would add up.
+_FACTOR_DEGREE = 6
 
 
 class LaneAttention(AttentionPanels):
@@ -171,11 +173,8 @@ class LaneAttention(AttentionPanels):
         total = alloc("total", self.together, scope="local")
         for at in self._vectors():
             maximum = let("maximum", self.load(largest, at))
-            before = let("before", self.load(self.maxima, row + at))
-            power = exp2(before - maximum, self.lanes, self.degree)  # which is not 1 for 0, and would add up
-            factor = let("factor", tirx.Select(before == maximum, self.spread(1.0), power))
-            self.store(factors, at, factor)
-            self.store(total, at, self.load(self.totals, row + at) * factor)
+            self.store(factors, at, exp2(self.load(self.maxima, row + at) - maximum, self.lanes, _FACTOR_DEGREE))
+            self.store(total, at, self.spread(0.0))
             self.store(self.maxima, row + at, maximum)
         with loop("word", tiles * (self.tiling.keys // self.depth)) as w:
             for at in self._vectors():
@@ -195,23 +194,23 @@ class LaneAttention(AttentionPanels):
                 self.store(self.weights, w * self.together + at, words)
                 self.store(total, at, self.operands.add_weights(self.load(total, at), words))
         for at in self._vectors():
-            self.store(self.totals, row + at, self.load(total, at))
+            before = self.load(self.totals, row + at) * self.load(factors, at)
+            self.store(self.totals, row + at, before + self.load(total, at))
 
     def _multiply_values(self, row: Expr, tiles: Expr, factors: tirx.Buffer, first: Expr, size: int) -> None:
-        """Add the weighted values to `size` sums of each row, from `first` on."""
+        """Add the weighted values to `size` sums of each row, from `first` on.
+
+        A block is summed by itself: errors grow with the root of what is added, and blocks are far fewer than keys.
+        """
         sums = alloc("weighted", size * self.together, scope="local")
-        for i in range(size):
-            for at in self._vectors():
-                before = self.load(self.sums, self.line(row, first + i, self.config.dim_v) + at)
-                self.store(sums, i * self.together + at, before * self.load(factors, at))
+        for place in range(0, size * self.together, self.lanes):
+            self.store(sums, place, self.spread(0.0))
         with loop("word", tiles * (self.tiling.keys // self.depth)) as w:
             weights = [let("p", self.load(self.weights, w * self.together + at)) for at in self._vectors()]
             for i in range(size):
                 self._add_products(sums, i, self.values_held[w * self.config.dim_v + first + i], weights)
         for i in range(size):
             for at in self._vectors():
-                self.store(
-                    self.sums,
-                    self.line(row, first + i, self.config.dim_v) + at,
-                    self.load(sums, i * self.together + at),
-                )
+                place = self.line(row, first + i, self.config.dim_v) + at
+                before = self.load(self.sums, place) * self.load(factors, at)
+                self.store(self.sums, place, before + self.load(sums, i * self.together + at))
