@@ -14,14 +14,19 @@
 
 enum { MOST_TENSORS = 8, MOST_DIMENSIONS = 4 };
 
-#define KERNEL(number) __attribute__((weak)) int __tvm_ffi_matmul_##number(void*, const TVMFFIAny*, int32_t, TVMFFIAny*)
-KERNEL(0);
-KERNEL(1);
-KERNEL(2);
-KERNEL(3);
+#define KERNEL(name) __attribute__((weak)) int __tvm_ffi_##name(void*, const TVMFFIAny*, int32_t, TVMFFIAny*)
+KERNEL(matmul_0);
+KERNEL(matmul_1);
+KERNEL(matmul_2);
+KERNEL(matmul_3);
+KERNEL(attention_0);
+KERNEL(attention_1);
+KERNEL(attention_2);
 
-static const TVMFFISafeCallType kernels[] = {__tvm_ffi_matmul_0, __tvm_ffi_matmul_1, __tvm_ffi_matmul_2,
-                                             __tvm_ffi_matmul_3};
+/* In the order of testing/python/neon.py. */
+static const TVMFFISafeCallType kernels[] = {__tvm_ffi_matmul_0,    __tvm_ffi_matmul_1,    __tvm_ffi_matmul_2,
+                                             __tvm_ffi_matmul_3,    __tvm_ffi_attention_0, __tvm_ffi_attention_1,
+                                             __tvm_ffi_attention_2};
 
 typedef struct {
   DLTensor tensor;

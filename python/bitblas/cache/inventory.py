@@ -223,5 +223,7 @@ def _tilings(
 
 def _agrees(chosen: object, own: Mapping[int, object]) -> bool:
     """Whether tilings are those of a record; either may know some buckets only."""
-    known = [m for m in own if m in chosen] if isinstance(chosen, Mapping) else []
+    if not isinstance(chosen, Mapping):
+        return False
+    known = [m for m in own if m in chosen]
     return bool(known) and all(chosen[m] == own[m] for m in known)

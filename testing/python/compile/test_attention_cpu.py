@@ -11,6 +11,7 @@ import torch
 import tvm_ffi
 
 import attention_reference
+import neon
 from bitblas import FlashAttenConfig, build
 from bitblas.config import MAX_HEAD_DIM, QUERY_BUCKETS
 from bitblas.errors import UnsupportedError
@@ -225,3 +226,31 @@ def compile_tilings(plan, rule, tilings, folder):
     kernels = tuple(KernelPlan(f"attention_{i}", rule, tiling, (64,)) for i, tiling in enumerate(tilings))
     build.build_library(replace(plan, kernels=kernels), folder, build.find_compiler())
     return tvm_ffi.load_module(str(folder / build.LIBRARY))
+
+
+# -- on ARM ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "causal", "dim"),
+    [("float32", "nnn", True, 20), ("bfloat16", "ntn", False, 7), ("float16", "nnn", False, 16)],
+)
+def test_neon_computes_attention(objects, tmp_path, dtype, layout, causal, dim):
+    """Under qemu, with every tensor at the end of its memory; each kernel of a plan for any lengths."""
+    cfg = config(dtype, dim=dim, layout=layout, is_causal=causal)
+    plan = plan_attention(cfg, resolve_target(neon.A72))
+    assert {kernel.rule for kernel in plan.kernels} == {"attention_neon"}
+    neon.link(plan, objects, tmp_path / "kernels")
+    problems = [
+        attention_reference.draw(cfg, batch=2, heads=4, heads_kv=2, seq_len=queries, seq_len_kv=keys)
+        for queries, keys in ((1, 1), (1, 33), (11, 101), (70, 6))
+    ]
+    calls = [
+        (kernel.name, (problem.q, problem.k, problem.v), torch.empty_like(problem.q, dtype=getattr(torch, dtype)))
+        for problem in problems
+        for kernel in plan.kernels
+    ]
+    outputs = iter(neon.run(tmp_path / "kernels", plan.target, calls))
+    for problem in problems:
+        for _ in plan.kernels:
+            attention_reference.assert_close(next(outputs), problem, "float32")

@@ -2,27 +2,19 @@
 
 import itertools
 import re
-import shutil
-import struct
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+import neon
 import reference
 from bitblas import MatmulConfig, build, packing
 from bitblas.config import ZEROS_MODES
 from bitblas.formats import FORMATS
 from bitblas.plan import plan_matmul
-from bitblas.sources import source_dir
 from bitblas.target import resolve_target
-
-CC, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
-DRIVER = Path(__file__).parents[2] / "native" / "call_kernel.c"
-#: One that has sdot, and two that have not.
-N1, A72, GENERIC = "neoverse-n1", "cortex-a72", "llvm -mtriple=aarch64-linux-gnu"
+from neon import A72, GENERIC, N1
 
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
 CODEBOOKS = [name for name, fmt in FORMATS.items() if fmt.codebook]
@@ -91,15 +83,6 @@ def test_floats_are_multiplied_by_fmla_in_vectors(name, target):
 
 # -- results ---------------------------------------------------------------------------------------------------------------
 
-#: DLPack's type codes of what is no IEEE float.
-_TYPE_CODES = {torch.int8: 0, torch.int32: 0, torch.bfloat16: 4}
-
-
-def run_tool(*command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}: {done.stdout}{done.stderr}"
-    return done.stdout
-
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -110,59 +93,17 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """The driver and the parallel loops, compiled; skips what would run where it cannot."""
-    from tvm_ffi.libinfo import include_paths
-
-    missing = [tool for tool in (CC, QEMU) if shutil.which(tool) is None]
-    if CC not in missing and not Path(run_tool(CC, "-print-file-name=libc.a").strip()).is_absolute():
-        missing.append(f"libc.a of {CC}")
-    if missing:
-        install = "apt install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
-        pytest.skip(f"NEON KERNELS WERE NOT RUN, for want of {', '.join(missing)}. On Debian and Ubuntu: {install}")
-    folder, found = tmp_path_factory.mktemp("driver"), []
-    includes = [f"-I{path}" for path in include_paths()]
-    for source, flags in ((DRIVER, ["-Wall", "-Wextra", "-Werror"]), (source_dir() / "cpu" / "parallel.c", [])):
-        found.append(str(folder / f"{source.stem}.o"))
-        run_tool(CC, "-std=gnu11", "-O2", "-fopenmp", *flags, *includes, "-c", str(source), "-o", found[-1])
-    return found
-
-
-def link(plan, objects, program):
-    """Make a program of a plan's kernels, which needs no library where it runs."""
-
-    def fcompile(output, kernels, **_options):
-        run_tool(CC, "-static", "-fopenmp", "-o", output, *objects, *kernels, "-lm")
-
-    build.compile_plan(plan)[0].export_library(str(program), fcompile=fcompile)
-
-
 def run(program, plan, problems):
     """For each problem the outputs of all kernels of the program."""
-    assert [kernel.name for kernel in plan.kernels] == [f"matmul_{i}" for i in range(len(plan.kernels))]
-    calls = [(index, problem) for problem in problems for index in range(len(plan.kernels))]
+    names = [kernel.name for kernel in plan.kernels]
     dtype = getattr(torch, plan.config.out_dtype)
-    outs = [torch.empty(problem.A.shape[0], plan.config.N, dtype=dtype) for _, problem in calls]
-    written, outputs = program.with_suffix(".calls"), program.with_suffix(".outputs")
-    written.write_bytes(b"".join(serialized(plan, *call, out) for call, out in zip(calls, outs, strict=True)))
-    cpu = "cortex-a53" if plan.target.mcpu == "generic" else plan.target.mcpu  # which refuses what it does not have
-    run_tool(QEMU, "-cpu", cpu, "-E", "OMP_NUM_THREADS=2", str(program), str(written), str(outputs))
-    values = torch.frombuffer(bytearray(outputs.read_bytes()), dtype=dtype)
-    parts = iter(values.split([out.numel() for out in outs]))  # which raises where the lengths do not add up
-    return [[next(parts).view(problem.A.shape[0], -1) for _ in plan.kernels] for problem in problems]
-
-
-def serialized(plan, kernel, problem, out):
-    """One call, as the driver reads it."""
-    operands = kernel_operands(plan, problem)
-    parts = [struct.pack("<2q", kernel, len(operands) + 1)]
-    for tensor in (*operands, out):
-        code, bits = _TYPE_CODES.get(tensor.dtype, 2), tensor.dtype.itemsize * 8
-        parts.append(struct.pack(f"<{3 + tensor.dim()}q", code, bits, tensor.dim(), *tensor.shape))
-        if tensor is not out:
-            parts.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return b"".join(parts)
+    calls = [
+        (name, kernel_operands(plan, problem), torch.empty(problem.A.shape[0], plan.config.N, dtype=dtype))
+        for problem in problems
+        for name in names
+    ]
+    outputs = iter(neon.run(program, plan.target, calls))
+    return [[next(outputs) for _ in names] for _ in problems]
 
 
 def kernel_operands(plan, problem):
@@ -202,7 +143,7 @@ def check(objects, tmp_path):
     def check(target, cfg, chosen=None):
         plan = plan_matmul(cfg, resolve_target(target))
         program = tmp_path / "kernels"
-        link(plan, objects, program)
+        neon.link(plan, objects, program)
         problems, comparisons = zip(*(chosen or cases(cfg)), strict=True)
         for problem, compare, outs in zip(problems, comparisons, run(program, plan, problems), strict=True):
             for out in outs:
