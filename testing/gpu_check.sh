@@ -7,7 +7,7 @@
 # SITE=dir names a folder of packages (apache-tvm and apache-tvm-ffi: see pack_site.sh), EXTRAS=dir one that is used only
 # where the machine lacks a package that the tests import. The rest of what can be set:
 #
-#   OUT=dir       results (gpu_results): gpu_check.md, for docs/performance.md; stages.tsv, logs.txt, gpu.json, gpu.md
+#   OUT=dir       results (gpu_results): gpu_check.md, for docs/performance.md; stages.tsv, logs.txt, gpu.*, attention.*
 #   SECONDS_ALL   seconds for everything (570); stages that do not fit are left out, and said so
 #   JOBS          processes that build and test at once (the CPUs but two, at most 14)
 #   PYTHON        the interpreter (python3)
@@ -56,7 +56,7 @@ left() { echo $((total - $(date +%s) + began)); }
 
 # collect: what there is so far, in files of which the folder has few
 collect() {
-  for name in gpu.json gpu.md; do
+  for name in gpu.json gpu.md attention.json attention.md; do
     [ -e "$work/bench/$name" ] && cp "$work/bench/$name" "$out/$name"
   done
   "$python" "$root/testing/gpu_summary.py" "$out" > "$out/.gpu_check.md" 2>> "$out/logs.txt" \
@@ -160,6 +160,12 @@ else
   stage streams 100 "$python" -m pytest -q -m cuda -p no:cacheprovider --store "$work/store" "$run/test_cuda_streams.py"
 fi
 benchmark goals 210 --goals
+# beside torch's scaled_dot_product_attention
+if [ -n "$dry$list" ]; then
+  stage attention 100 "$python" -m benchmark.attention --help
+else
+  stage attention 100 "$python" -m benchmark.attention --device cuda --out "$work/bench" --resume --minutes 1.3
+fi
 tests sanitizer 120 "${both[@]}" -k sanitizer
 tests operators 60 "${both[@]}" -k "not test_each and not test_beside and not tiling and not sanitizer"
 tests run 150 "$run" --every 5 --examples 5 -k "not test_cuda_"

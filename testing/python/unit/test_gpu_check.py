@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "testing" / "gpu_check.sh"
-STAGES = ["environment", "rules", "streams", "goals", "sanitizer", "operators", "run", "tuning", "formats"]
+STAGES = ["environment", "rules", "streams", "goals", "attention", "sanitizer", "operators", "run", "tuning", "formats"]
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
