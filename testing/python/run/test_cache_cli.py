@@ -402,12 +402,14 @@ def test_export_and_import(filled, cache, tmp_path):
         ["--N", "64"],
         ["--all", "--model", "x"],
         ["--model", "x", "--N", "1", "--K", "1"],
+        ["--attention", "64", "--N", "1", "--K", "1"],
+        ["--attention", "64", "--all"],
     ],
 )
 def test_export_asks_what(store, cache, tmp_path, arguments):
     status, text = cache("export", tmp_path / "a.tar", *arguments)
     assert status == 2
-    assert "one of: --model FOLDER, --all, or --N and --K" in text
+    assert "one of: --model FOLDER, --all, --N and --K of an operator, or --attention DIM" in text
 
 
 def test_mistakes_are_one_line_and_exit_2(filled, cache, tmp_path):
