@@ -9,7 +9,7 @@ import torch
 import bitblas
 import foreign
 from bitblas import ArgumentError, ConfigError, logs
-from bitblas.ops import matmul
+from bitblas.ops import operator
 from layers import config
 
 
@@ -137,8 +137,8 @@ def test_layers_are_left_out_by_pattern(exclude, left):
 
 
 def test_operators_of_equal_shape_are_built_once(monkeypatch, store):
-    built, real = [], matmul.provide
-    monkeypatch.setattr(matmul, "provide", lambda plan: (built.append(plan), real(plan))[1])
+    built, real = [], operator.provide
+    monkeypatch.setattr(operator, "provide", lambda plan: (built.append(plan), real(plan))[1])
     model = torch.nn.Sequential(*(dense(24, 24, bias=False, seed=i) for i in range(5)), dense(24, 48, bias=False))
     bitblas.quantize_(model, group_size=8, opt_M=[1])
     assert sorted(plan.config.N for plan in built) == [24, 48]

@@ -267,13 +267,13 @@ FORKS = {
         "stop.set(); [t.join() for t in group]"
     ),
     "a lazy operator, while a thread of the parent provides it": (
-        "from bitblas.ops import matmul\n"
+        "from bitblas.ops import operator\n"
         "lazy = bitblas.Matmul(config, target='llvm', from_database=True)\n"
-        "provide, busy, go = matmul.provide, threading.Event(), threading.Event()\n"
+        "provide, busy, go = operator.provide, threading.Event(), threading.Event()\n"
         "def slow(plan):\n    busy.set(); go.wait(); return provide(plan)\n"
-        "matmul.provide = slow\n"
+        "operator.provide = slow\n"
         "t = threading.Thread(target=lambda: lazy(a, weight)); t.start(); busy.wait()\n"
-        "def work():\n    matmul.provide = provide\n    return torch.equal(lazy(a, weight).double(), reference)\n"
+        "def work():\n    operator.provide = provide\n    return torch.equal(lazy(a, weight).double(), reference)\n"
         "found = [end(child(work))]; go.set(); t.join()"
     ),
     "a child builds another": (
