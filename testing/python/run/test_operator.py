@@ -157,7 +157,9 @@ def test_a_build_says_what_for_which_rows_and_where_it_is_kept(store, caplog):
     caplog.set_level("INFO", logger="bitblas")
     first, second = Matmul(small()), Matmul(small())
     building, compiled, loaded = (record.getMessage() for record in caplog.records)
-    what = f"float16 x uint4 -> {first.out_dtype}, N=64 K=64, groups of 32, scales for buckets 1, 16 on {first.target.isa}"
+    what = (
+        f"float16 x uint4 -> {first.out_dtype}, N=64 K=64, groups of 32, scales for buckets 1, 16 on {first.target.isa}"
+    )
     assert building == f"building {what} into {store}"
     assert compiled.startswith(f"compiled {what} in ")
     assert loaded.startswith(f"loaded {what} in ")
