@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad, profiler
 
-from ..config import FlashAttenConfig
+from ..config import ATTENTION, FlashAttenConfig
 from ..errors import ArgumentError
 from ..plan import AttentionPlan
 from ..target import Target
@@ -215,4 +215,4 @@ def _make_operator(fields: Mapping[str, Any], target: Target) -> FlashAtten:
     return FlashAtten(FlashAttenConfig(**fields["config"]), target=target)
 
 
-makers["attention"] = _make_operator
+makers[ATTENTION] = _make_operator

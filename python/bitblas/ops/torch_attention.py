@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import FlashAttenConfig
+from ..config import ATTENTION, FlashAttenConfig
 from ..errors import ArgumentError
 from ..target import Target
 from .attention_arguments import check_operands, check_output
@@ -24,7 +24,7 @@ NO_GRADIENT = (
 
 def attention_spec(config: FlashAttenConfig, target: Target) -> str:
     """The text of an attention."""
-    return write_spec("attention", target, config=config.fields())
+    return write_spec(ATTENTION, target, config=config.fields())
 
 
 @lru_cache(maxsize=4096)

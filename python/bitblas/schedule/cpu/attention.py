@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 #: Rows of a task, registers of rows that are computed together, and keys at a time, the default first, by the most rows that
-#: a kernel is specialised for. Zen 4, 2 threads, 8 heads of 128 float32: 256 rows and 4096 of each took 388 ms, 128 rows 407.
+#: a kernel is specialised for.
 _SIZES: dict[int, tuple[tuple[int, int, int], ...]] = {
     16: ((16, 1, 96), (16, 1, 48)),
     256: ((64, 2, 96), (128, 2, 96), (64, 4, 96), (64, 1, 96)),

@@ -9,12 +9,12 @@ from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import FlashAttenConfig
 from ...formats import parse_format
 from ..rule import LINE_BYTES
+from ..words import i32, i64, let, named
 from .attention_operands import FloatOperands, PairOperands, Row
 from .attention_tiling import LaneAttentionTiling
 
@@ -24,28 +24,9 @@ ROWS_AHEAD = 8
 LOWEST = -3.4028234663852886e38
 
 
-def i32(value: Any) -> Expr:
-    """As int32."""
-    return tirx.const(value, "int32") if isinstance(value, int) else value.astype("int32")
-
-
-def i64(value: Any) -> Expr:
-    """As int64."""
-    return tirx.const(value, "int64") if isinstance(value, int) else value.astype("int64")
-
-
-def let(name: str, value: Expr) -> Expr:
-    """A variable that holds a value."""
-    bound = B.bind(value)
-    IRBuilder.name(name, bound)
-    return bound
-
-
 def alloc(name: str, size: int, dtype: str = "float32", scope: str = "global") -> tirx.Buffer:
     """Memory of a thread."""
-    found = B.sblock_alloc_buffer((size,), dtype, scope=scope)
-    IRBuilder.name(name, found)
-    return found
+    return named(name, B.sblock_alloc_buffer((size,), dtype, scope=scope))
 
 
 @contextmanager
@@ -55,8 +36,7 @@ def loop(name: str, size: Expr | int) -> Iterator[Expr]:
         yield i32(0)
         return
     with B.serial(0, size) as var:
-        IRBuilder.name(name, var)
-        yield var
+        yield named(name, var)
 
 
 class AttentionPanels:

@@ -15,7 +15,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from ...config import FlashAttenConfig
-from .attention_panels import AttentionPanels, alloc, i32, i64, let, loop
+from ..words import i32, i64, let
+from .attention_panels import AttentionPanels, alloc, loop
 from .attention_tiling import LaneAttentionTiling
 from .exponential import exp2
 

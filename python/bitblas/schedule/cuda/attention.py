@@ -55,9 +55,8 @@ class FragmentAttentionRule(AttentionRule[FragmentAttentionTiling]):
 
     def decline(self, problem: AttentionProblem) -> str | None:
         """See `Rule`."""
-        return super().decline(problem) or self._decline(problem)
-
-    def _decline(self, problem: AttentionProblem) -> str | None:
+        if reason := super().decline(problem):
+            return reason
         config, target = problem.config, problem.target
         dtypes = {config.Q_dtype, config.K_dtype, config.V_dtype}
         if len(dtypes) > 1 or config.Q_dtype not in _FLOATS:

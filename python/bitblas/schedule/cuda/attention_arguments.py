@@ -15,6 +15,8 @@ from tvm.tirx.script.builder import ir as B
 
 from ...config import FlashAttenConfig
 from ...expr.storage import placed_dtype
+from ..words import i32 as i32
+from ..words import i64 as i64
 from .emit import Registers, let, named
 
 #: Elements of the flat views of arguments: more than memory has.
@@ -33,16 +35,6 @@ class Argument:
     def at(self, offset: Expr) -> Expr:
         """The address of an element."""
         return B.address_of(self.flat[offset])
-
-
-def i32(value: Expr) -> Expr:
-    """As a 32-bit integer."""
-    return value.astype("int32")
-
-
-def i64(value: Expr) -> Expr:
-    """As a 64-bit integer."""
-    return value.astype("int64")
 
 
 def held(name: str, value: Expr) -> Expr:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
+
+from ..words import let as let
+from ..words import named as named
 
 
 @contextmanager
@@ -24,17 +25,6 @@ def when(condition: Expr | bool) -> Iterator[None]:
 def run(name: str, *arguments: Expr) -> None:
     """A call of a function of `src/cuda` for its effects."""
     B.evaluate(B.call_extern("void", f"bitblas_{name}", *arguments))
-
-
-def named(name: str, value: Any) -> Any:
-    """The value, under a name in the program's text."""
-    IRBuilder.name(name, value)
-    return value
-
-
-def let(name: str, value: Expr) -> Expr:
-    """A variable that holds a value."""
-    return named(name, B.bind(value))
 
 
 class Registers:
