@@ -109,9 +109,13 @@ def _mark_for_cards(config, items):
         config.hook.pytest_deselected(items=left_out)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What one test does is nothing to the next: the seed is the same, and what is said once a process is said again."""
+    from bitblas import logs
+
     torch.manual_seed(0)
+    logs._warned.clear()
 
 
 @pytest.fixture

@@ -126,6 +126,7 @@ def test_without_a_compiler_candidates_run_here(store, monkeypatch, caplog):
         found = FlashAtten(small()).hardware_aware_finetune(topk=2, seconds=300)
     assert len(found[16]["candidates"]) == 2
     assert found[16]["lost"] == []
+    assert "are built and run in this process" in caplog.text
 
 
 def test_the_pass_measures_for_real():
@@ -276,11 +277,43 @@ def test_the_commands_for_attentions(store, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "config"),
+    [
+        ("--attention 8 --seq-len 40", FlashAttenConfig(1, 2, 40, 8)),
+        (
+            "--attention 8 --seq-len 5 --heads 6 --heads-kv 2 --softmax-scale -0.5",
+            FlashAttenConfig(2, 6, 5, 8, heads_kv=2, softmax_scale=-0.5),
+        ),
+        (
+            "--attention 8 --dtype bfloat16 --K-dtype float32 --out-dtype float16",
+            FlashAttenConfig(dim=8, Q_dtype="bfloat16", K_dtype="float32", V_dtype="bfloat16"),
+        ),
+        (
+            "--attention 8 --Q-dtype float32 --V-dtype bfloat16",
+            FlashAttenConfig(dim=8, Q_dtype="float32", V_dtype="bfloat16"),
+        ),
+    ],
+)
+def test_every_attention_can_be_exported(store, tmp_path, capsys, arguments, config):
+    """What is exported is what an operator with such a config, of any batch and number of keys, loads."""
+    assert cli.main(["cache", "export", str(tmp_path / "one.tar"), *arguments.split(), "--json"]) == 0
+    (key,) = json.loads(capsys.readouterr().out)["operators"]
+    assert FlashAtten(config).artifact.key == key
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["tune", "--causal"], "--causal is of attentions: give --attention DIM as well"),
         (["tune", "--dim-v", "8"], "--dim-v is of attentions"),
-        (["tune", "--attention", "8", "--M", "1"], "--M is of matmuls"),
+        (["tune", "--seq-len", "8"], "--seq-len is of attentions"),
+        (["tune", "--softmax-scale", "0"], "--softmax-scale is of attentions"),
+        (["tune", "--attention", "8", "--M", "1"], "--M is of matmuls, --attention of attentions: give one of them"),
+        (["tune", "--attention", "8", "--W-dtype", "int4"], "--W-dtype is of matmuls"),
+        (["tune", "--attention", "8", "--no-scale"], "--no-scale is of matmuls"),
+        (["tune", "--attention", "8", "--out-dtype", "int8"], "Out_dtype is 'int8'"),
+        (["tune", "--attention", "8", "--heads-kv", "2"], "heads_kv is 2, but heads is not given"),
+        (["cache", "export", "x.tar", "--attention", "8", "--N", "1", "--K", "1"], "--N is of matmuls"),
         (["tune", "--attention", "2000"], "dim is 2000; it must be at most 1024"),
         (["cache", "export", "x.tar", "--attention", "8", "--all"], "say what to export, one of"),
         (["cache", "export", "x.tar", "--dtype", "float32", "--all"], "--dtype is of attentions"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bitblas import env, logs
+from bitblas import env
 from bitblas.artifacts import Artifact, ArtifactStore, artifact_key
 from bitblas.artifacts import process as process_module
 from bitblas.artifacts import store as store_module
@@ -53,9 +53,8 @@ class Builder:
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    """Warnings are given again in every test, and nothing is in memory."""
-    monkeypatch.setattr(logs, "_warned", {})
+def clean():
+    """Nothing is in memory."""
     process_module.this_process.reset()
 
 

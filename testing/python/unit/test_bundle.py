@@ -14,7 +14,7 @@ import pytest
 
 import bitblas
 import fake_store
-from bitblas import env, logs
+from bitblas import env
 from bitblas.artifacts import ArtifactStore, artifact_key
 from bitblas.artifacts import process as process_module
 from bitblas.artifacts import store as store_module
@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    monkeypatch.setattr(logs, "_warned", {})
+def clean():
+    """Nothing is in memory."""
     process_module.this_process.reset()
 
 

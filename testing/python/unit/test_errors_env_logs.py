@@ -30,7 +30,6 @@ def clean(monkeypatch):
     """An environment without our variables, and a logger as after the import."""
     for variable in env.VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)
-    monkeypatch.setattr(logs, "_warned", {})
     logger = logging.getLogger("bitblas")
     before = logger.level
     logger.setLevel(logging.NOTSET)
