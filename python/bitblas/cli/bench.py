@@ -8,49 +8,28 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..config import A_DTYPES, OUT_DTYPES, ZEROS_MODES, MatmulConfig
+from ..config import MatmulConfig
 from ..errors import ArgumentError
-from ..formats import FORMATS, parse_format
 from ..logs import tracked
+from .operators import add_matmul_options, matmul_of, positive
 
 if TYPE_CHECKING:
     from ..bench import Comparison, Machine
     from ..ops import Matmul
 
+#: The rows that are timed where none are given.
+_ROWS = (1, 16, 128)
+
 
 def add_command(commands: Any) -> None:
     """Add the verb to a parser's commands."""
     bench = commands.add_parser("bench", help="time an operator beside torch's dense matmul")
-    add_config_options(bench, (1, 16, 128), "1 16 128")
+    add_matmul_options(bench, " ".join(map(str, _ROWS)))
     bench.add_argument("--threads", type=positive, help="threads (torch's number)")
     bench.add_argument("--target", help="what to compile for (BITBLAS_TARGET, else this machine)")
     bench.add_argument("--seconds", type=seconds_of, default=0.5, help="time for each candidate (0.5)")
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(run=run)
-
-
-def add_config_options(parser: Any, rows: tuple[int, ...] | None, shown: str) -> None:
-    """Add what says which operator is meant; `rows` are the default ones, `shown` how its help calls them."""
-    parser.add_argument("--M", type=positive, nargs="+", default=rows, metavar="M", help=f"rows ({shown})")
-    parser.add_argument("--N", type=positive, default=4096, help="output features (4096)")
-    parser.add_argument("--K", type=positive, default=4096, help="input features (4096)")
-    parser.add_argument("--A-dtype", default="float16", help=f"{', '.join(A_DTYPES)} (float16)")
-    parser.add_argument("--W-dtype", default="uint4", help=f"{', '.join(FORMATS)} (uint4)")
-    parser.add_argument(
-        "--out-dtype",
-        help=f"{', '.join(OUT_DTYPES)} (A's; for an A of 8 bits and less int32 without scales, else float32)",
-    )
-    parser.add_argument("--group-size", type=int, help="k that share a scale (128 where it divides K, else -1: all)")
-    parser.add_argument("--zeros", choices=("none", *ZEROS_MODES), default="none", help="kind of zero points (none)")
-    parser.add_argument("--no-scale", action="store_true", help="without scales")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least 1")
-    return value
 
 
 def seconds_of(text: str) -> float:
@@ -61,35 +40,9 @@ def seconds_of(text: str) -> float:
     return value
 
 
-def config_of(options: argparse.Namespace) -> MatmulConfig:
-    """The operator that is meant."""
-    a_dtype, fmt = options.A_dtype, parse_format(options.W_dtype)
-    scaling = not options.no_scale and not fmt.is_native
-    out_dtype = options.out_dtype
-    if out_dtype is None:
-        integers = a_dtype in ("int8", "int4") and fmt.is_integer and not scaling
-        out_dtype = a_dtype if a_dtype in OUT_DTYPES[:3] else "int32" if integers else "float32"
-    group = options.group_size
-    if group is None:
-        group = 128 if options.K % 128 == 0 and (scaling or options.zeros != "none") else -1
-    return MatmulConfig(
-        M=None if options.M is None else tuple(options.M),
-        N=options.N,
-        K=options.K,
-        A_dtype=a_dtype,
-        W_dtype=options.W_dtype,
-        out_dtype=out_dtype,
-        accum_dtype="int32" if out_dtype == "int32" else "float32",
-        group_size=group,
-        with_scaling=scaling,
-        with_zeros=options.zeros != "none",
-        zeros_mode="original" if options.zeros == "none" else options.zeros,
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure and print; 1 where a result is wrong."""
-    config = config_of(options)
+    config = matmul_of(options, _ROWS)
     import torch
 
     from .. import bench

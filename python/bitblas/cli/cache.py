@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import env
+from ..config import DEFAULT_BUCKETS
 from ..errors import ArgumentError, ArtifactError, BitBLASError
-from .attention import add_attention_options, attention_of
-from .bench import add_config_options, config_of
+from .operators import add_attention_options, add_matmul_options, attention_of, matmul_of
 
 if TYPE_CHECKING:
     from ..cache.inventory import Inventory, Operator
@@ -76,9 +76,8 @@ def _add_export_options(export: Any) -> None:
         "--target", nargs="+", metavar="T", help="what to compile for (BITBLAS_TARGET, else this machine)"
     )
     one = export.add_argument_group("one operator", "--M and --A-dtype are for the layers of a model, too")
-    add_config_options(one, None, "1 16 32 64 128 256 512 1024")
+    add_matmul_options(one, " ".join(map(str, DEFAULT_BUCKETS)))
     add_attention_options(export)
-    export.set_defaults(N=None, K=None, A_dtype=None)
 
 
 def _days(text: str) -> float:
@@ -303,9 +302,8 @@ def _targets(options: argparse.Namespace) -> list[Target]:
 def _configs_of(options: argparse.Namespace, one: bool) -> list[MatmulConfig]:
     """Of one operator, or of the layers of a model."""
     if one:
-        return [config_of(argparse.Namespace(**{**vars(options), "A_dtype": options.A_dtype or "float16"}))]
+        return [matmul_of(options)]
     from ..cache.models import configs_of_model
-    from ..config import DEFAULT_BUCKETS
 
     return list(configs_of_model(options.model, options.A_dtype, options.M or DEFAULT_BUCKETS))
 

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, MatmulConfig
+from ..config import DEFAULT_BUCKETS, Config, MatmulConfig
 from ..errors import ArgumentError
-from .attention import add_attention_options, attention_of
-from .bench import add_config_options, config_of, positive, seconds_of
+from .bench import seconds_of
+from .operators import add_attention_options, add_matmul_options, operator_of, positive
 
 if TYPE_CHECKING:
     from ..schedule import Tiling
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def add_command(commands: Any) -> None:
     """Add the verb to a parser's commands."""
     tune = commands.add_parser("tune", help="choose the fastest tilings of an operator, and remember them")
-    add_config_options(tune, None, "1 16 32 64 128 256 512 1024")
+    add_matmul_options(tune, " ".join(map(str, DEFAULT_BUCKETS)))
     tune.add_argument("--topk", type=positive, default=20, help="tilings of a bucket to try at most (20)")
     tune.add_argument("--seconds", type=_some_seconds, default=None, help="time to take, about (25)")
     tune.add_argument("--serial", action="store_true", help="build one candidate at a time")
@@ -43,7 +43,7 @@ def _some_seconds(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Tune and print; 130 where Ctrl-C ended it early and something was found."""
-    config = attention_of(options) or config_of(options)
+    config = operator_of(options)
     from ..target import resolve_target
 
     target = resolve_target(options.target)
