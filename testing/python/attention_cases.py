@@ -1,17 +1,14 @@
-"""Small attentions that reach every rule for cards, and what they must give; as a program, with a case's name, it checks that
-on a card.
-
-The float64 reference shares no code with the product: a ``config`` is read for its plain fields only.
-"""
+"""Small attentions that reach every rule for cards; as a program, with a case's name, it checks one of them on a card."""
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
+import attention_reference
+from attention_reference import Problem
 from bitblas import FlashAtten, FlashAttenConfig
 from reference import ROUNDOFF
 
@@ -27,66 +24,14 @@ class Sizes:
     heads_kv: int
 
 
-@dataclass(frozen=True)
-class Operands:
-    """Q, K and V of one call."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-
-    def to(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.q.to(device), self.k.to(device), self.v.to(device)
+def draw(config: FlashAttenConfig, sizes: Sizes, size: float = 1.0) -> Problem:
+    """A random problem of these sizes: normal numbers, and Q times `size`."""
+    return attention_reference.draw(config, **asdict(sizes), size=size)
 
 
-def draw(config: FlashAttenConfig, sizes: Sizes, scale: float = 1.0) -> Operands:
-    """Normal numbers; those of Q and K times a scale."""
-    batch, seq_len, keys, heads, heads_kv = sizes.batch, sizes.seq_len, sizes.seq_len_kv, sizes.heads, sizes.heads_kv
-    k_shape = (batch, config.dim, heads_kv, keys) if config.layout == "ntn" else (batch, keys, heads_kv, config.dim)
-    return Operands(
-        (scale * torch.randn(batch, seq_len, heads, config.dim)).to(getattr(torch, config.Q_dtype)),
-        (scale * torch.randn(k_shape)).to(getattr(torch, config.K_dtype)),
-        torch.randn(batch, keys, heads_kv, config.dim_v).to(getattr(torch, config.V_dtype)),
-    )
-
-
-def expected(config: FlashAttenConfig, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result in float64, and how far from it each element may be: half the bits are those of weights, which tensor cores
-    take in the dtype of V, and of the result; the others those of scores, summed in float32 and made powers of 2."""
-    q, k, v = (tensor.double().cpu() for tensor in (operands.q, operands.k, operands.v))
-    k = k.permute(0, 3, 2, 1) if config.layout == "ntn" else k
-    group = q.shape[2] // k.shape[2]
-    k, v = (tensor.repeat_interleave(group, dim=2) for tensor in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * config.softmax_scale
-    sizes = torch.einsum("bihd,bjhd->bhij", q.abs(), k.abs()) * abs(config.softmax_scale)
-    if config.is_causal:
-        i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])[None, :]
-        hidden = j > i + k.shape[1] - q.shape[1]
-        scores, sizes = scores.masked_fill(hidden, -math.inf), sizes.masked_fill(hidden, 0.0)
-    largest = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(largest == -math.inf, 0.0, largest))
-    total = weights.sum(-1, keepdim=True)
-    weights = torch.where(total == 0, 0.0, weights / total)
-    result = torch.einsum("bhij,bjhd->bihd", weights, v)
-    moved = torch.expm1(2 * (2 * math.sqrt(config.dim) + 4) * ROUNDOFF["float32"] * sizes.amax(-1))  # of weights
-    moved = moved + 2 * ROUNDOFF[config.V_dtype] + 4 * math.sqrt(k.shape[1]) * ROUNDOFF["float32"]
-    allowed = moved.permute(0, 2, 1)[..., None] * torch.einsum("bhij,bjhd->bihd", weights, v.abs())
-    allowed = allowed + 2.0**-24 * v.abs().sum(1, keepdim=True)  # weights may be subnormal
-    return result, allowed + 2 * ROUNDOFF[config.Out_dtype] * result.abs() + 2.0**-24
-
-
-def check_result(config: FlashAttenConfig, operands: Operands, out: torch.Tensor) -> None:
-    """Compare: NaN where, and only where, it is expected; no other element farther off than it may be."""
-    result, allowed = expected(config, operands)
-    assert out.shape == result.shape
-    out = out.double().cpu()
-    assert torch.equal(out.isnan(), result.isnan())
-    difference = (out - result).abs()
-    wrong = difference > allowed
-    worst = float((difference / allowed).nan_to_num().max()) if out.numel() else 0.0
-    assert not wrong.any(), (
-        f"{int(wrong.sum())} of {wrong.numel()} elements are off, by up to {worst} of what is allowed"
-    )
+def check_result(out: torch.Tensor, problem: Problem) -> None:
+    """Compare with float64. Tensor cores take weights in the dtype of V, and cut sums off where others round."""
+    attention_reference.assert_close(out, problem, problem.config.V_dtype, 2 * ROUNDOFF["float32"])
 
 
 def _floats(dtype: str) -> dict[str, str]:
@@ -131,8 +76,8 @@ def check(name: str, target: str = "cuda", device: str = "cuda") -> None:
     config, calls = CASES[name]
     op = FlashAtten(config, target=target)
     for sizes in calls:
-        operands = draw(config, sizes)
-        check_result(config, operands, op(*operands.to(device)))
+        problem = draw(config, sizes)
+        check_result(op(*problem.to(device)), problem)
 
 
 def open_case(name: str) -> FlashAttenConfig:

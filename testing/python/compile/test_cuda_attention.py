@@ -7,8 +7,7 @@ import emulator
 import pytest
 import torch
 
-import attention_cases
-from attention_cases import CASES, Operands, Sizes, check_result, draw
+from attention_cases import CASES, Sizes, check_result, draw
 from bitblas import FlashAtten, FlashAttenConfig
 from bitblas.build import compile_cuda
 from bitblas.cuda.launches import evaluate, read_launches
@@ -46,8 +45,8 @@ def test_results(make, name):
     rule = ThreadAttentionRule if name in THREADS_CASES else FragmentAttentionRule
     assert {kernel.rule for kernel in op.plan.kernels} == {rule.name}
     for sizes in calls:
-        operands = draw(config, sizes)
-        check_result(config, operands, op(operands.q, operands.k, operands.v))
+        problem = draw(config, sizes)
+        check_result(op(problem.q, problem.k, problem.v), problem)
 
 
 @pytest.mark.parametrize(
@@ -60,23 +59,23 @@ def test_other_cards(make, name, arch):
     op = make(config, arch)
     if config.Q_dtype == "bfloat16" and arch == "sm_75":
         assert op.plan.kernels[0].rule == ThreadAttentionRule.name
-    operands = draw(config, calls[0])
-    check_result(config, operands, op(operands.q, operands.k, operands.v))
+    problem = draw(config, calls[0])
+    check_result(op(problem.q, problem.k, problem.v), problem)
 
 
 @pytest.mark.parametrize("name", ["causal", "few", "transposed", "float"])
 def test_logits_of_ten_thousand(make, name):
     config, calls = CASES[name]
-    operands = draw(config, calls[0], scale=math.sqrt(1e4 / math.sqrt(config.dim) / abs(config.softmax_scale)) / 2)
-    check_result(config, operands, make(config)(operands.q, operands.k, operands.v))
+    problem = draw(config, calls[0], 2500 / math.sqrt(config.dim) / abs(config.softmax_scale))
+    check_result(make(config)(problem.q, problem.k, problem.v), problem)
 
 
 def special(config, sizes, change):
     """Operands with some elements changed: `change` takes Q, K as (batch, key, head, dim), and V."""
-    operands = draw(config, sizes)
-    k = operands.k.permute(0, 3, 2, 1) if config.layout == "ntn" else operands.k
-    change(operands.q, k, operands.v)
-    return operands
+    problem = draw(config, sizes)
+    k = problem.k.permute(0, 3, 2, 1) if config.layout == "ntn" else problem.k
+    change(problem.q, k, problem.v)
+    return problem
 
 
 @pytest.mark.parametrize("name", ["causal", "few", "transposed", "float", "odd"])
@@ -91,13 +90,13 @@ def test_nan_spreads_as_far_as_it_must(make, name):
         k[0, 5, 0, 2] = math.nan
 
     for change in (of_query, of_key):
-        operands = special(config, sizes, change)
-        out = op(operands.q, operands.k, operands.v)
+        problem = special(config, sizes, change)
+        out = op(problem.q, problem.k, problem.v)
         assert out.isnan().any()
-        check_result(config, operands, out)
-    operands = special(config, sizes, lambda q, k, v: v[0, 0, 0, 1].fill_(math.nan))  # which every query sees
+        check_result(out, problem)
+    problem = special(config, sizes, lambda q, k, v: v[0, 0, 0, 1].fill_(math.nan))  # which every query sees
     if config.seq_len <= sizes.seq_len_kv:
-        check_result(config, operands, op(operands.q, operands.k, operands.v))
+        check_result(op(problem.q, problem.k, problem.v), problem)
 
 
 @pytest.mark.parametrize("name", ["causal", "few", "float"])
@@ -115,18 +114,18 @@ def test_scores_of_minus_infinity(make, name):
         k[:, :40, :, 1] = -2.0
         q[:, 0, 0, 0] = 1.0
 
-    operands = special(config, calls[0], change)
-    out = make(config)(operands.q, operands.k, operands.v)
+    problem = special(config, calls[0], change)
+    out = make(config)(problem.q, problem.k, problem.v)
     assert bool((out[:, 0, 0] == 0).all())
-    check_result(config, operands, out)
+    check_result(out, problem)
 
 
 def test_queries_that_see_no_key_give_zeros(make):
     for name in ("causal", "float"):
         config, calls = CASES[name]
-        operands = draw(config, calls[1])
+        problem = draw(config, calls[1])
         assert calls[1].seq_len_kv < config.seq_len
-        out = make(config)(operands.q, operands.k, operands.v)
+        out = make(config)(problem.q, problem.k, problem.v)
         hidden = config.seq_len - calls[1].seq_len_kv
         assert bool((out[:, :hidden] == 0).all())
         assert bool((out[:, hidden:] != 0).any(-1).all())
@@ -148,44 +147,44 @@ def test_strides(make, name):
     """Heads before queries, as models have them, gaps that NaN fills, and a head of keys that all queries share."""
     config, calls = CASES[name]
     op, sizes = make(config), calls[0]
-    operands = draw(config, sizes)
+    problem = draw(config, sizes)
     for gap in (8, 3):
-        q = scattered(operands.q, (0, 2, 1, 3), gap)
-        k = scattered(operands.k, (2, 0, 1, 3), gap)
-        v = scattered(operands.v, (2, 0, 1, 3), gap)
-        check_result(config, operands, op(q, k, v))
+        q = scattered(problem.q, (0, 2, 1, 3), gap)
+        k = scattered(problem.k, (2, 0, 1, 3), gap)
+        v = scattered(problem.v, (2, 0, 1, 3), gap)
+        check_result(op(q, k, v), problem)
     one = Sizes(sizes.batch, sizes.seq_len, sizes.seq_len_kv, sizes.heads, 1)
-    operands = draw(config, one)
-    k, v = (tensor.expand(-1, -1, sizes.heads, -1) for tensor in (operands.k, operands.v))
-    check_result(config, operands, op(operands.q, k, v))
+    problem = draw(config, one)
+    k, v = (tensor.expand(-1, -1, sizes.heads, -1) for tensor in (problem.k, problem.v))
+    check_result(op(problem.q, k, v), problem)
 
 
 @pytest.mark.parametrize("name", ["causal", "float"])
 def test_addresses(make, name):
     config, calls = CASES[name]
-    op, operands = make(config), draw(config, calls[0])
+    op, problem = make(config), draw(config, calls[0])
 
     def moved(tensor):
         return torch.full((tensor.numel() + 1,), math.nan, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
 
-    check_result(config, operands, op(moved(operands.q), moved(operands.k), moved(operands.v)))
-    out = moved(torch.zeros(op(operands.q, operands.k, operands.v).shape, dtype=getattr(torch, config.Out_dtype)))
+    check_result(op(moved(problem.q), moved(problem.k), moved(problem.v)), problem)
+    out = moved(torch.zeros(op(problem.q, problem.k, problem.v).shape, dtype=getattr(torch, config.Out_dtype)))
     if name == "causal":
         with pytest.raises(ValueError, match="output begins at the address"):
-            op(operands.q, operands.k, operands.v, out)
+            op(problem.q, problem.k, problem.v, out)
     else:
-        check_result(config, operands, op(operands.q, operands.k, operands.v, out))
+        check_result(op(problem.q, problem.k, problem.v, out), problem)
 
 
 @pytest.mark.parametrize("name", ["few", "causal", "float"])
 def test_orders_of_threads(make, name):
     """Bit-equal in every order, with every access checked."""
     config, calls = CASES[name]
-    op, operands = make(config), draw(config, calls[0])
-    out = op(operands.q, operands.k, operands.v)
+    op, problem = make(config), draw(config, calls[0])
+    out = op(problem.q, problem.k, problem.v)
     again = torch.empty_like(out)
     function = op._ready().module._library[op.plan.kernels[0].name]
-    emulator.run(function, operands.q, operands.k, operands.v, again, seeds=(1, 2))
+    emulator.run(function, problem.q, problem.k, problem.v, again, seeds=(1, 2))
     assert torch.equal(out, again)
 
 
@@ -199,9 +198,9 @@ def test_tilings_fit(arch):
         for causal, layout in ((False, "nnn"), (True, "ntn")):
             config = FlashAttenConfig(dim=dim, is_causal=causal, layout=layout).kernel
             for m in (1, 16, 64, 256, 1024):
-                problem = AttentionProblem(config, target, m)
-                rule = select_rule(RULES, problem)
-                tilings = rule.tilings(problem)
+                bucket = AttentionProblem(config, target, m)
+                rule = select_rule(RULES, bucket)
+                tilings = rule.tilings(bucket)
                 assert rule.name == FragmentAttentionRule.name
                 assert len(set(tilings)) == len(tilings) >= 2
                 for tiling in tilings:
@@ -217,8 +216,8 @@ def test_few_rows_have_tilings_of_their_own():
 
 def test_reasons_to_decline():
     def reason(arch="sm_80", **fields):
-        problem = AttentionProblem(FlashAttenConfig(**fields).kernel, resolve_target(f"cuda -arch={arch}"), 64)
-        return FragmentAttentionRule().decline(problem)
+        bucket = AttentionProblem(FlashAttenConfig(**fields).kernel, resolve_target(f"cuda -arch={arch}"), 64)
+        return FragmentAttentionRule().decline(bucket)
 
     assert reason(dim=64) is None
     assert "not bfloat16, float16" in reason(dim=64, K_dtype="bfloat16")
@@ -235,20 +234,20 @@ def test_reasons_to_decline():
 def test_every_tiling(emulated, name, rows):
     config = replace(CASES[name][0], seq_len=rows)
     target, (m,) = resolve_target("cuda -arch=sm_90"), config.buckets
-    problem = AttentionProblem(config.kernel, target, m)
-    operands = draw(config, Sizes(1, rows, 150, 1, 1))
-    for tiling in select_rule(RULES, problem).tilings(problem):
+    bucket = AttentionProblem(config.kernel, target, m)
+    problem = draw(config, Sizes(1, rows, 150, 1, 1))
+    for tiling in select_rule(RULES, bucket).tilings(bucket):
         plan = plan_attention(config, target, {m: tiling})
         assert [kernel.tiling for kernel in plan.kernels] == [tiling]
         op = FlashAtten.restore(config, plan)
-        check_result(config, operands, op(operands.q, operands.k, operands.v))
+        check_result(op(problem.q, problem.k, problem.v), problem)
 
 
 @pytest.mark.parametrize("name", ["causal", "transposed", "grouped"])
 def test_shared_memory_has_no_conflicts(make, name):
     config, calls = CASES[name]
-    op, operands = make(config), draw(config, calls[0])
-    op(operands.q, operands.k, operands.v)
+    op, problem = make(config), draw(config, calls[0])
+    op(problem.q, problem.k, problem.v)
     counts = emulator.statistics()
     assert counts.shared_passes > 100
     assert counts.shared_conflicts <= counts.shared_passes // 50  # of facts of rows
@@ -260,11 +259,11 @@ def test_launches_without_nvcc():
     plan = plan_attention(config, resolve_target("cuda -arch=sm_80"))
     compiled, _ = compile_cuda(plan)
     ((launch,),) = read_launches(compiled.host).values()
-    operands = draw(config, Sizes(2, 70, 88, 6, 3))
+    problem = draw(config, Sizes(2, 70, 88, 6, 3))
     tensors = (
-        operands.q.transpose(1, 2).contiguous().transpose(1, 2),
-        operands.k,
-        operands.v,
+        problem.q.transpose(1, 2).contiguous().transpose(1, 2),
+        problem.k,
+        problem.v,
         torch.empty(2, 70, 6, 64),
     )
     values = [evaluate(value, tensors) for _, value in launch.arguments]
@@ -287,15 +286,15 @@ def test_each_rule_has_a_case():
 def test_the_reference_notices_what_is_wrong():
     """A key too many, heads exchanged, a scale that is off: none of that passes."""
     config = FlashAttenConfig(dim=64, seq_len_kv=None, is_causal=True)
-    operands = draw(config, Sizes(1, 20, 30, 4, 2))
-    result, _ = attention_cases.expected(config, operands)
-    check_result(config, operands, result.half())
-    k, v = operands.k, operands.v
+    problem = draw(config, Sizes(1, 20, 30, 4, 2))
+    right = problem.output().half().contiguous()
+    check_result(right, problem)
+    q, k = problem.q, problem.k
     for wrong in (
-        Operands(operands.q, k.roll(1, 1), v),
-        Operands(operands.q, k.roll(1, 2), v),
-        Operands(operands.q * 1.02, k, v),
-        Operands(operands.q, torch.cat([k[:, 1:], k[:, :1]], 1), v),
+        {"k": k.roll(1, 1)},
+        {"k": k.roll(1, 2)},
+        {"q": q * 1.02},
+        {"k": torch.cat([k[:, 1:], k[:, :1]], 1)},
     ):
-        with pytest.raises(AssertionError, match="are off"):
-            check_result(config, wrong, result.half())
+        with pytest.raises(AssertionError, match="results are wrong"):
+            check_result(right, replace(problem, **wrong))

@@ -28,8 +28,8 @@ def test_any_number_of_queries(name):
     config = attention_cases.open_case(name)
     op = FlashAtten(config, target="cuda")
     for seq_len in (1, 5, 33, 64, 200, 1500):
-        operands = draw(config, Sizes(1, seq_len, seq_len + 3, 4, 2))
-        check_result(config, operands, op(*operands.to("cuda")))
+        problem = draw(config, Sizes(1, seq_len, seq_len + 3, 4, 2))
+        check_result(op(*problem.to("cuda")), problem)
 
 
 @pytest.mark.slow
@@ -45,20 +45,20 @@ def test_under_compute_sanitizer(name, tool):
 @pytest.mark.parametrize("name", ["half", "causal", "transposed", "wide", "float"])
 def test_every_tiling_that_tuning_may_choose(name, m):
     config, target = replace(CASES[name][0], seq_len=None), resolve_target("cuda")
-    problem = AttentionProblem(config.kernel, target, m)
-    operands = draw(config, Sizes(1, m, 2 * m + 5, 2, 1))
-    for tiling in select_rule(RULES, problem).tilings(problem):
+    bucket = AttentionProblem(config.kernel, target, m)
+    problem = draw(config, Sizes(1, m, 2 * m + 5, 2, 1))
+    for tiling in select_rule(RULES, bucket).tilings(bucket):
         plan = plan_attention(config, target, {m: tiling})
         assert tiling in [kernel.tiling for kernel in plan.kernels]
         op = FlashAtten.restore(config, plan)
-        check_result(config, operands, op(*operands.to("cuda")))
+        check_result(op(*problem.to("cuda")), problem)
 
 
 def test_the_current_stream():
     config = FlashAttenConfig(dim=64)
     op = FlashAtten(config, target="cuda")
-    operands = draw(config, Sizes(1, 512, 512, 8, 8))
-    tensors = operands.to("cuda")
+    problem = draw(config, Sizes(1, 512, 512, 8, 8))
+    tensors = problem.to("cuda")
     op(*tensors)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -66,14 +66,14 @@ def test_the_current_stream():
         torch.cuda._sleep(10_000_000)
         out = op(*(tensor + 0 for tensor in tensors))
     stream.synchronize()
-    check_result(config, operands, out)
+    check_result(out, problem)
 
 
 def test_a_captured_graph():
     config = FlashAttenConfig(dim=64, is_causal=True)
     op = FlashAtten(config, target="cuda")
-    operands = draw(config, Sizes(1, 100, 100, 2, 2))
-    q, k, v = operands.to("cuda")
+    problem = draw(config, Sizes(1, 100, 100, 2, 2))
+    q, k, v = problem.to("cuda")
     op(q, k, v)
     graph, out = torch.cuda.CUDAGraph(), torch.empty_like(q)
     with torch.cuda.graph(graph):
@@ -81,19 +81,19 @@ def test_a_captured_graph():
     out.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    check_result(config, operands, out)
+    check_result(out, problem)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_beside_torch(is_causal):
     config = FlashAttenConfig(dim=128, is_causal=is_causal)
     op = FlashAtten(config, target="cuda")
-    operands = draw(config, Sizes(1, 1024, 1024, 8, 8))
-    q, k, v = operands.to("cuda")
+    problem = draw(config, Sizes(1, 1024, 1024, 8, 8))
+    q, k, v = problem.to("cuda")
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
     theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=is_causal).transpose(1, 2)
     ours = op(q, k, v)
-    check_result(config, operands, ours)
+    check_result(ours, problem)
     assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 2e-3
 
 
@@ -103,11 +103,11 @@ def test_more_elements_than_32_bits_number():
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("the card has too little memory")
     op = FlashAtten(replace(config, seq_len_kv=None), target="cuda")
-    operands = draw(config, Sizes(1, 64, 40, 1, 1))
-    q, k, v = operands.to("cuda")
+    problem = draw(config, Sizes(1, 64, 40, 1, 1))
+    q, k, v = problem.to("cuda")
     room = torch.zeros((1 << 32) + (1 << 27), dtype=torch.float16, device="cuda")
     step = (1 << 32) // 40 // 8 * 8
     far_k, far_v = (room[first:].as_strided((1, 40, 1, 64), (0, step, 64, 1)) for first in (0, 1 << 20))
     far_k.copy_(k)
     far_v.copy_(v)
-    check_result(config, operands, op(q, far_k, far_v))
+    check_result(op(q, far_k, far_v), problem)
