@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad, profiler
 
 from ..config import ATTENTION, FlashAttenConfig
 from ..errors import ArgumentError
@@ -18,13 +17,7 @@ from .cuda_attention_arguments import CudaAttentionDoor
 from .operator import Operator
 from .registry import announce, makers
 from .torch_attention import NO_GRADIENT, attention_spec
-
-#: How many modes, such as those of fake tensors, see what torch dispatches: they may give tensors without memory.
-_num_modes = torch._C._len_torch_dispatch_stack
-#: The innermost transform of torch.func that is at work, or None; tensors inside of it have no memory that a kernel could read.
-_transforms = torch._C._functorch.peek_interpreter_stack
-#: What torch.jit.trace records into, or None: it sees what goes through torch's dispatcher.
-_tracing = torch._C._get_tracing_state
+from .watching import NO_OUTPUT, has_tangents, in_transform, is_watched, refuse_derivatives
 
 
 class FlashAtten(Operator):
@@ -119,15 +112,11 @@ class FlashAtten(Operator):
             As for the constructor, by the first call of an operator that was made with `from_database=True`.
         """
         if (
-            torch.compiler.is_compiling()
+            is_watched()
             or type(q) not in PLAIN
             or type(k) not in PLAIN
             or type(v) not in PLAIN
-            or _num_modes()
-            or _transforms() is not None
-            or _tracing() is not None
-            or profiler._is_profiler_enabled  # which is to see `bitblas::flash_atten`
-            or forward_ad._current_level >= 0
+            or has_tangents()
             or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         ):
             return self._dispatch(q, k, v, output)
@@ -149,14 +138,12 @@ class FlashAtten(Operator):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             check_kind(name, tensor)
         if not torch.compiler.is_compiling():
-            _refuse_derivatives(q, k, v)
+            refuse_derivatives("FlashAtten has no derivatives", NO_GRADIENT, q, k, v)
         if output is None:
             return torch.ops.bitblas.flash_atten(q, k, v, self._spec)
         check_kind("output", output)
-        if not torch.compiler.is_compiling() and _transforms() is not None:
-            raise ArgumentError(
-                "output was given inside of a transform of torch.func, such as torch.vmap; give none there"
-            )
+        if in_transform():
+            raise ArgumentError(NO_OUTPUT)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ArgumentError(
                 "output was given, and q, k or v requires a gradient; give no output, or use torch.no_grad()"
@@ -196,19 +183,6 @@ class FlashAtten(Operator):
             raise ArgumentError(
                 f"target is {named!r}; this operator is for {self.target}. Construct another one for other devices"
             )
-
-
-def _refuse_derivatives(*tensors: torch.Tensor) -> None:
-    """Torch would drop a tangent without a word, and says something else of what torch.func differentiates."""
-    for tensor in tensors:
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise ArgumentError(
-                "an operand has a tangent (forward-mode derivatives, torch.func.jvp); FlashAtten has no derivatives"
-            )
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            if torch.is_grad_enabled() and tensor.requires_grad:
-                raise ArgumentError(NO_GRADIENT)
-            tensor = torch._C._functorch.get_unwrapped(tensor)
 
 
 def _make_operator(fields: Mapping[str, Any], target: Target) -> FlashAtten:

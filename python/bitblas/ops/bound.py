@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch.autograd import forward_ad, profiler
 
 from ..runtime import Kernels
 from .arguments import PLAIN, Door
+from .watching import has_tangents, is_watched
 
-#: See `matmul`.
-_num_modes = torch._C._len_torch_dispatch_stack
 #: A mapping, such as a module's buffers, and a name in it.
 Place = tuple[Mapping[str, torch.Tensor | None], str]
 
@@ -85,7 +83,7 @@ class BoundMatmul:
             for tensor in self._floats:
                 if tensor.requires_grad:
                     return None
-        if forward_ad._current_level >= 0 or _num_modes() or profiler._is_profiler_enabled:
+        if has_tangents() or is_watched():
             return None
         entered = self._door.enter_bound(A, self.tensors, self._order)
         if entered is None:

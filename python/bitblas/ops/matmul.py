@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch.autograd import forward_ad, profiler
 
 from ..config import MatmulConfig
 from ..errors import ArgumentError
@@ -21,13 +20,12 @@ from .operator import Operator
 from .provider import Provided
 from .registry import announce, makers
 from .torch_operator import operator_spec
+from .watching import NO_OUTPUT, has_tangents, in_transform, is_watched, refuse_derivatives
 from .weights import WithWeights
 
-if TYPE_CHECKING:
-    pass
-
-#: How many modes, such as those of fake tensors, see what torch dispatches: they may give tensors without memory.
-_num_modes = torch._C._len_torch_dispatch_stack
+#: What whoever asks for derivatives that there are not is told.
+_NO_TANGENT = "a matmul has none: use backward-mode"
+_NO_FUNCTIONAL_GRADIENT = "torch.func differentiates no matmul of bitblas; use torch.autograd, such as out.backward()"
 
 
 class Matmul(Operator, WithWeights, WithFacts):
@@ -186,15 +184,13 @@ class Matmul(Operator, WithWeights, WithFacts):
         named = None
         if scale is not None or zeros is not None or bias is not None:
             named = {"scale": scale, "zeros": zeros, "bias": bias}
-        if torch.compiler.is_compiling() or type(A) not in PLAIN or _num_modes() or profiler._is_profiler_enabled:
-            traced = isinstance(A, torch.Tensor)  # a profiler is to see `bitblas::matmul`
+        if is_watched() or type(A) not in PLAIN or has_tangents():
+            dispatched = isinstance(A, torch.Tensor)
         else:
-            traced = torch.is_grad_enabled() and (
+            dispatched = torch.is_grad_enabled() and (
                 A.requires_grad or (self._with_bias and _any_requires_grad(*extras, bias))
             )
-            if forward_ad._current_level >= 0:
-                self._refuse_tangents(A, W, *extras, scale, zeros, bias)
-        return (self._dispatch if traced else self.launch)(A, W, extras, named, output)
+        return (self._dispatch if dispatched else self.launch)(A, W, extras, named, output)
 
     __call__ = forward
 
@@ -238,21 +234,18 @@ class Matmul(Operator, WithWeights, WithFacts):
         """By torch's dispatcher, for graphs, gradients and tensors of other classes."""
         bound, output = self._door.bind(extras, named or {}, output)
         operands = A, W, bound.get("scale"), bound.get("zeros"), bound.get("bias")
+        if not torch.compiler.is_compiling():
+            refuse_derivatives(_NO_TANGENT, _NO_FUNCTIONAL_GRADIENT, *operands)
         if output is None:
             return torch.ops.bitblas.matmul(*operands, self._spec)
+        if in_transform():
+            raise ArgumentError(NO_OUTPUT)
         if torch.is_grad_enabled() and _any_requires_grad(A, bound.get("bias")):
             raise ArgumentError(
                 "output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()"
             )
         torch.ops.bitblas.matmul_into(*operands, output, self._spec)
         return output
-
-    def _refuse_tangents(self, *tensors: torch.Tensor | None) -> None:
-        """Torch would drop them without a word."""
-        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise ArgumentError(
-                "an operand has a tangent (forward-mode derivatives, torch.func.jvp), which a matmul has not: use backward-mode"
-            )
 
     def profile_latency(self, dynamic_symbolic_constraints: dict[str, int] | None = None) -> float:
         """Median milliseconds of a call on random data, for the largest bucket or the m that is asked for.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import json
 from pathlib import Path
 
@@ -280,6 +281,57 @@ def test_nothing_of_a_transformed_first_call_is_kept(first):
         first(layer, problem.A)
     for _ in range(2):
         reference.assert_close(layer(problem.A), problem)
+
+
+def calls():
+    """A layer's call, and its operator's with the same operands."""
+    layer, problem = layer_and_problem()
+    operands = (layer.qweight, layer.scales, layer.zeros, layer.bias)
+    layer(problem.A)  # bound
+    return {"layer": layer, "operator": lambda a: layer.bitblas_matmul(a, *operands)}, problem
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("which", ["layer", "operator"])
+def test_a_traced_call_is_no_constant(which):
+    found, problem = calls()
+    call = found[which]
+    traced = torch.jit.trace(call, (problem.A,))
+    other = problem.A.roll(1, 0) * 2
+    assert torch.equal(traced(other), call(other))
+    assert not torch.equal(traced(other), call(problem.A))
+    if which == "layer":
+        kept = io.BytesIO()
+        torch.jit.save(traced, kept)
+        kept.seek(0)
+        assert torch.equal(torch.jit.load(kept)(other), call(other))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("which", ["layer", "operator"])
+def test_transforms_of_torch_func(which):
+    found, problem = calls()
+    call = found[which]
+    stacked = torch.stack([problem.A, 2 * problem.A])
+    out = torch.vmap(call)(stacked)
+    for one, a in zip(out, stacked, strict=True):
+        assert torch.equal(one, call(a))
+    reference.assert_close(torch.func.functionalize(call)(problem.A), problem)
+    with pytest.raises(ArgumentError, match=r"^torch\.func differentiates no matmul of bitblas"):
+        torch.func.grad(lambda a: call(a).sum())(problem.A)
+    with pytest.raises(ArgumentError, match=r"^torch\.func differentiates no matmul of bitblas"):
+        torch.vmap(torch.func.grad(lambda a: call(a).sum()))(stacked)
+    with pytest.raises(ArgumentError, match=r"^an operand has a tangent .* a matmul has none: use backward-mode$"):
+        torch.func.jvp(call, (problem.A,), (problem.A,))
+    reference.assert_close(call(problem.A), problem)
+
+
+def test_vmap_fills_no_output():
+    layer, problem = layer_and_problem()
+    operands = (layer.qweight, layer.scales, layer.zeros, layer.bias)
+    out = torch.empty(3, 32)
+    with pytest.raises(ArgumentError, match=r"^output was given inside of a transform of torch\.func"):
+        torch.vmap(lambda a: layer.bitblas_matmul(a, *operands, output=out))(torch.stack([problem.A] * 2))
 
 
 def test_tensors_with_data_in_a_fake_mode():
