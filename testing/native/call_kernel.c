@@ -22,11 +22,12 @@ KERNEL(matmul_3);
 KERNEL(attention_0);
 KERNEL(attention_1);
 KERNEL(attention_2);
+KERNEL(attention_3);
 
 /* In the order of testing/python/neon.py. */
 static const TVMFFISafeCallType kernels[] = {__tvm_ffi_matmul_0,    __tvm_ffi_matmul_1,    __tvm_ffi_matmul_2,
                                              __tvm_ffi_matmul_3,    __tvm_ffi_attention_0, __tvm_ffi_attention_1,
-                                             __tvm_ffi_attention_2};
+                                             __tvm_ffi_attention_2, __tvm_ffi_attention_3};
 
 typedef struct {
   DLTensor tensor;

@@ -16,7 +16,7 @@ DRIVER = Path(__file__).parents[1] / "native" / "call_kernel.c"
 #: A target that has sdot, and two that have not.
 N1, A72, GENERIC = "neoverse-n1", "cortex-a72", "llvm -mtriple=aarch64-linux-gnu"
 #: The driver's kernels, by number.
-KERNELS = ("matmul_0", "matmul_1", "matmul_2", "matmul_3", "attention_0", "attention_1", "attention_2")
+KERNELS = (*(f"matmul_{i}" for i in range(4)), *(f"attention_{i}" for i in range(4)))
 
 #: DLPack's type codes of what is no IEEE float.
 _TYPE_CODES = {torch.int8: 0, torch.int32: 0, torch.bfloat16: 4}

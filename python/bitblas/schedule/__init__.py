@@ -10,7 +10,7 @@ from ..layout import PackedLayout
 from ..target import Target
 from .cpu import CPU_RULES, LaneTiling, cpu_layout, rank_on_cpu
 from .cpu.attention import CPU_ATTENTION_RULES
-from .cpu.attention_tiling import LaneAttentionTiling
+from .cpu.attention_tiling import LaneAttentionTiling, RowAttentionTiling
 from .cuda import CUDA_RULES, CUDA_TILINGS, cuda_layout, rank_on_cuda
 from .cuda.attention import CUDA_ATTENTION_RULES, CUDA_ATTENTION_TILINGS
 from .rule import AttentionProblem, AttentionTiling, MatmulTiling, Problem, Rule, ScheduleRule, Tiling, select_rule
@@ -18,7 +18,8 @@ from .rule import AttentionProblem, AttentionTiling, MatmulTiling, Problem, Rule
 #: The order is the policy: the first rule for a kind of problem that does not decline is taken.
 RULES: tuple[Rule[Any, Any], ...] = (*CPU_RULES, *CUDA_RULES, *CPU_ATTENTION_RULES, *CUDA_ATTENTION_RULES)
 
-_ALL_TILINGS: tuple[type[Tiling], ...] = (LaneTiling, LaneAttentionTiling, *CUDA_TILINGS, *CUDA_ATTENTION_TILINGS)
+_CPU_TILINGS = (LaneTiling, LaneAttentionTiling, RowAttentionTiling)
+_ALL_TILINGS: tuple[type[Tiling], ...] = (*_CPU_TILINGS, *CUDA_TILINGS, *CUDA_ATTENTION_TILINGS)
 _TILINGS: dict[str, type[Tiling]] = {tiling.kind: tiling for tiling in _ALL_TILINGS}
 
 

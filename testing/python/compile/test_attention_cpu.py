@@ -99,7 +99,7 @@ def powers(x, degree, lanes):
 
 # -- rules -----------------------------------------------------------------------------------------------------------------
 
-#: Targets, and the rule that each takes for float32 and for bfloat16.
+#: Targets, and the rule that each takes for float32 and for bfloat16; for one row see `row_rule`.
 TARGETS = {
     "znver4": ("attention_avx512", "attention_avx512_bf16"),
     "skylake-avx512": ("attention_avx512", "attention_avx512"),
@@ -109,19 +109,26 @@ TARGETS = {
 }
 
 
+def row_rule(rule):
+    """The rule of one row on a machine that takes a rule for many."""
+    return rule.removesuffix("_bf16").replace("attention", "attention_row")
+
+
 @pytest.mark.parametrize(("target", "rules"), TARGETS.items())
 def test_the_rule_of_a_machine(target, rules):
     resolved = resolve_target(target)
-    for dtype, rule in zip(("float32", "bfloat16"), rules, strict=True):
-        assert {kernel.rule for kernel in plan_attention(config(dtype), resolved).kernels} == {rule}
     mixed = config("bfloat16", V_dtype="float16")
-    assert {kernel.rule for kernel in plan_attention(mixed, resolved).kernels} == {rules[0]}
+    for asked, rule in ((config(), rules[0]), (config("bfloat16"), rules[1]), (mixed, rules[0])):
+        first, *others = plan_attention(asked, resolved).kernels
+        assert (first.rule, first.buckets) == (row_rule(rule), (1,))
+        assert {kernel.rule for kernel in others} == {rule}
 
 
 def test_a_rule_that_declines_says_why():
     problem = AttentionProblem(config(), resolve_target("haswell"), 64)
     reasons = {rule.name: rule.decline(problem) for rule in CPU_ATTENTION_RULES}
     assert reasons["attention_avx2"] is None
+    assert reasons["attention_row_avx2"] == "is for one row"
     assert "needs avx512f" in reasons["attention_avx512"]
     assert "multiplies bfloat16, not float32" in reasons["attention_avx512_bf16"]
     with pytest.raises(
@@ -141,8 +148,12 @@ def test_no_thread_holds_a_megabyte(target, dtype):
             assert len(set(tilings)) == len(tilings) >= 1
             for tiling in tilings:
                 assert tiling.held_bytes(cfg) <= 1 << 20
-                assert tiling.block_m % (tiling.lanes * tiling.vectors) == 0 == tiling.block_n % tiling.keys
+                assert tiling.block_n % tiling.keys == 0
                 assert read_tiling(tiling.fields()) == tiling
+                if m > 1:
+                    assert tiling.block_m % (tiling.lanes * tiling.vectors) == 0
+                else:
+                    assert tiling.block_n % tiling.lanes == 0 == tiling.lanes % tiling.keys
 
 
 def test_a_problem_is_read_from_its_fields():
@@ -200,28 +211,33 @@ def test_products_stay_in_registers(target, dtype, instruction, register, least,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "dtype", "layout", "dim", "dim_v"),
+    ("target", "dtype", "layout", "dim", "dim_v", "rows"),
     [
-        ("znver4", "bfloat16", "nnn", 40, 24),
-        ("znver4", "bfloat16", "ntn", 33, 33),
-        ("znver4", "float32", "ntn", 33, 17),
-        ("skylake-avx512", "bfloat16", "nnn", 17, 40),
-        ("haswell", "float16", "ntn", 24, 33),
-        ("x86-64-v2", "float32", "nnn", 7, 5),
+        ("znver4", "bfloat16", "nnn", 40, 24, 64),
+        ("znver4", "bfloat16", "ntn", 33, 33, 64),
+        ("znver4", "float32", "ntn", 33, 17, 64),
+        ("znver4", "float32", "nnn", 33, 200, 1),
+        ("znver4", "bfloat16", "ntn", 40, 24, 1),
+        ("skylake-avx512", "bfloat16", "nnn", 17, 40, 64),
+        ("haswell", "float16", "ntn", 24, 33, 64),
+        ("haswell", "float16", "nnn", 24, 33, 1),
+        ("x86-64-v2", "float32", "nnn", 7, 5, 64),
+        ("x86-64-v2", "bfloat16", "nnn", 7, 5, 1),
     ],
 )
-def test_every_tiling_computes_the_same(target, dtype, layout, dim, dim_v, tmp_path):
+def test_every_tiling_computes_the_same(target, dtype, layout, dim, dim_v, rows, tmp_path):
     """All that a rule offers, where this CPU can run it: also what only tuning would choose."""
     resolved = resolve_target(target)
     if not resolved.features <= host_features():
         pytest.skip(f"this CPU is no {target}")
     cfg = config(dtype, dim=dim, dim_v=dim_v, layout=layout, is_causal=layout == "nnn", Out_dtype="float32").kernel
-    asked = AttentionProblem(cfg, resolved, 64)
+    asked = AttentionProblem(cfg, resolved, rows)
     rule = select_rule(CPU_ATTENTION_RULES, asked)
-    # the panels are the same for all numbers of rows
-    tilings = list({(tiling.vectors, tiling.block_n): tiling for tiling in rule.tilings(asked)}.values())
+    tilings = rule.tilings(asked)
+    if rows > 1:  # the panels are the same for all numbers of them
+        tilings = list({(tiling.vectors, tiling.block_n): tiling for tiling in tilings}.values())
     assert len(tilings) >= 3
-    library = compile_tilings(plan_attention(cfg, resolved), rule.name, tilings, tmp_path)
+    library = compile_tilings(plan_attention(cfg, resolved), rule.name, tilings, rows, tmp_path)
     problem = attention_reference.draw(cfg, batch=2, heads=6, heads_kv=2, seq_len=45, seq_len_kv=130)
     for index in range(len(tilings)):
         out = torch.full((2, 45, 6, dim_v), math.nan)
@@ -229,9 +245,9 @@ def test_every_tiling_computes_the_same(target, dtype, layout, dim, dim_v, tmp_p
         attention_reference.assert_close(out, problem, "bfloat16" if "bf16" in rule.name else "float32")
 
 
-def compile_tilings(plan, rule, tilings, folder):
+def compile_tilings(plan, rule, tilings, rows, folder):
     """One library of a plan's config with all tilings."""
-    kernels = tuple(KernelPlan(f"attention_{i}", rule, tiling, (64,)) for i, tiling in enumerate(tilings))
+    kernels = tuple(KernelPlan(f"attention_{i}", rule, tiling, (rows,)) for i, tiling in enumerate(tilings))
     build.build_library(replace(plan, kernels=kernels), folder, build.find_compiler())
     return tvm_ffi.load_module(str(folder / build.LIBRARY))
 
@@ -247,11 +263,11 @@ def test_neon_computes_attention(objects, tmp_path, dtype, layout, causal, dim):
     """Under qemu, with every tensor at the end of its memory; each kernel of a plan for any lengths."""
     cfg = config(dtype, dim=dim, layout=layout, is_causal=causal)
     plan = plan_attention(cfg, resolve_target(neon.A72))
-    assert {kernel.rule for kernel in plan.kernels} == {"attention_neon"}
+    assert {kernel.rule for kernel in plan.kernels} == {"attention_neon", "attention_row_neon"}
     neon.link(plan, objects, tmp_path / "kernels")
     problems = [
         attention_reference.draw(cfg, batch=2, heads=4, heads_kv=2, seq_len=queries, seq_len_kv=keys)
-        for queries, keys in ((1, 1), (1, 33), (11, 101), (70, 6))
+        for queries, keys in ((1, 1), (1, 33), (1, 400), (11, 101), (70, 6))
     ]
     calls = [
         (kernel.name, (problem.q, problem.k, problem.v), torch.empty_like(problem.q, dtype=getattr(torch, dtype)))

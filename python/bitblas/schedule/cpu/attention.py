@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ..rule import AttentionProblem, AttentionRule, largest_divisor
+from .attention_row import RowAttentionRule
 from .attention_tiling import LaneAttentionTiling
 from .floats import FLOAT_UNITS
 from .pairs import PAIR_UNITS
@@ -97,7 +98,8 @@ class PairAttentionRule(LaneAttentionRule):
         return super().decline(problem)
 
 
-CPU_ATTENTION_RULES: tuple[LaneAttentionRule, ...] = (
+CPU_ATTENTION_RULES: tuple[LaneAttentionRule | RowAttentionRule, ...] = (
+    *(RowAttentionRule(unit) for unit in FLOAT_UNITS),
     *(PairAttentionRule(unit) for unit in PAIR_UNITS),
     *(LaneAttentionRule(unit) for unit in FLOAT_UNITS),
 )

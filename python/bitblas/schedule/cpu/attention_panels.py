@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
@@ -12,34 +9,16 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as B
 
 from ...config import FlashAttenConfig
-from ...formats import parse_format
-from ..rule import LINE_BYTES
-from ..words import i32, i64, let, named
+from ..words import i32, i64, let
 from .attention_operands import FloatOperands, PairOperands, Row
 from .attention_tiling import LaneAttentionTiling
+from .attention_vectors import LOWEST, AttentionVectors, alloc, loop
 
 #: Rows of K and V that are asked for ahead of their copying: they lie apart, so that no hardware sees them come.
 ROWS_AHEAD = 8
-#: What a maximum begins with: a finite number, so that what is not seen, -inf, is infinitely far below it.
-LOWEST = -3.4028234663852886e38
 
 
-def alloc(name: str, size: int, dtype: str = "float32", scope: str = "global") -> tirx.Buffer:
-    """Memory of a thread."""
-    return named(name, B.sblock_alloc_buffer((size,), dtype, scope=scope))
-
-
-@contextmanager
-def loop(name: str, size: Expr | int) -> Iterator[Expr]:
-    """A loop, left out where it has no turns."""
-    if isinstance(size, int) and size == 1:
-        yield i32(0)
-        return
-    with B.serial(0, size) as var:
-        yield named(name, var)
-
-
-class AttentionPanels:
+class AttentionPanels(AttentionVectors):
     """Panels of words: what a task holds in its caches.
 
     Queries and outputs stand in the lanes, those side by side that are computed together: `queries_t` (parts, words, rows of
@@ -47,42 +26,17 @@ class AttentionPanels:
     as (words of keys, dim_v).
     """
 
-    #: Arguments, and where a task is in them: set by the program that uses this.
-    q: tirx.Buffer
-    k: tirx.Buffer
-    v: tirx.Buffer
-    out: tirx.Buffer
-    batch_at: Expr
-    head_at: Expr
+    #: Where a task is: set by the program that uses this.
     first_row: Expr
-    num_rows: Expr
-    group: Expr
-    num_queries: Expr
-    num_keys: Expr
 
     def __init__(self, config: FlashAttenConfig, tiling: LaneAttentionTiling) -> None:
-        self.config, self.tiling = config, tiling
-        self.lanes, self.rows, self.keys = tiling.lanes, tiling.block_m, tiling.block_n
+        super().__init__(config, (PairOperands if tiling.dot else FloatOperands)(tiling.lanes))
+        self.tiling, self.rows, self.keys = tiling, tiling.block_m, tiling.block_n
         self.together = tiling.lanes * tiling.vectors  # rows of a part
-        self.operands = (PairOperands if tiling.dot else FloatOperands)(tiling.lanes)
         self.depth = self.operands.depth
         self.words = -(-config.dim // self.depth)
-        self.scale = config.softmax_scale * math.log2(math.e)
 
-    # -- registers ---------------------------------------------------------------------------------------------------------
-
-    def load(self, buffer: tirx.Buffer, first: Expr | int) -> Expr:
-        """A vector."""
-        return buffer.vload([first], f"{buffer.dtype}x{self.lanes}")
-
-    def store(self, buffer: tirx.Buffer, first: Expr | int, value: Expr) -> None:
-        """A vector."""
-        B.buffer_store(buffer, value, [B.ramp(i32(first), 1, self.lanes)])
-
-    def spread(self, value: Expr | float) -> Expr:
-        """A value in all lanes."""
-        value = tirx.const(value, "float32") if isinstance(value, float) else value
-        return tirx.Broadcast(value, self.lanes)
+    # -- places ------------------------------------------------------------------------------------------------------------
 
     def line(self, row: Expr, index: Expr | int, lines: int) -> Expr:
         """Where, in a panel of so many lines, a line of the part begins whose first row is `row`."""
@@ -115,13 +69,8 @@ class AttentionPanels:
         """Query, head and last visible key of each row of the block; rows beyond the end are the last."""
         with loop("index", self.parts * self.together) as index:
             row = let("row", tirx.min(self.first_row + i64(index), self.num_rows - 1))
-            query = let("query", tirx.truncdiv(row, self.group))
-            B.buffer_store(self.queries_of, query, [index])
-            B.buffer_store(self.heads_of, self.head_at * self.group + (row - query * self.group), [index])
-            limit = self.num_keys - 1
-            if self.config.is_causal:
-                limit = tirx.min(limit, query + (self.num_keys - self.num_queries))
-            B.buffer_store(self.limits, tirx.max(limit, i64(-1)).astype("int32"), [index])
+            for panel, value in zip((self.queries_of, self.heads_of, self.limits), self.find_row(row), strict=True):
+                B.buffer_store(panel, value, [index])
 
     def _place_of(self, row: Expr) -> list[Expr]:
         """Batch, query and head of a row: where Q and the output have it."""
@@ -175,35 +124,32 @@ class AttentionPanels:
         """A block of keys and values; values beyond the end are 0, so that nothing is what 0 makes of them."""
         held = let("held", tirx.min(i64(self.keys), self.num_keys - i64(first_key)).astype("int32"))
         first = let("first", i64(first_key))
-        b, h, dim = self.batch_at, self.head_at, self.config.dim
+        dim = self.config.dim
         if self.config.layout == "nnn":
             with loop("key", held) as j:
-                self._ask_for(self.k, lambda d: [b, first + i64(j + ROWS_AHEAD), h, i64(d)], dim)
-                self._copy_along(lambda d: [b, first + i64(j), h, i64(d)], j * self.words)
+                self.ask_for(self.k, self.key_row(first + i64(j + ROWS_AHEAD)), dim)
+                self._copy_along(self.key_row(first + i64(j)), j * self.words)
         else:
             whole = dim // self.depth
             with loop("word", whole) as w:
-                rows = [self._transposed_key(w * self.depth + i, first) for i in range(self.depth)]
+                rows = [self.transposed_row(w * self.depth + i, first) for i in range(self.depth)]
                 self._copy_across(self.keys_held, self.k, w * self.keys, rows, held)
             if dim % self.depth:
-                row = self._transposed_key(i32(dim - 1), first)
+                row = self.transposed_row(i32(dim - 1), first)
                 self._copy_across(self.keys_held, self.k, i32(whole * self.keys), [row], held)
         self._take_values(first, held)
-
-    def _transposed_key(self, d: Expr, first: Expr) -> Row:
-        return lambda j: [self.batch_at, i64(d), self.head_at, first + i64(j)]
 
     def _take_values(self, first: Expr, held: Expr) -> None:
         dim_v, depth = self.config.dim_v, self.depth
 
         def row(key: Expr) -> Row:
-            return lambda e: [self.batch_at, first + i64(key), self.head_at, i64(e)]
+            return self.value_row(first + i64(key))
 
         whole = tirx.truncdiv(held, i32(depth)) if depth > 1 else held
         with loop("keys", whole) as j:
             rows = [row(j * depth + i) for i in range(depth)]
             for i in range(depth):
-                self._ask_for(self.v, row(j * depth + ROWS_AHEAD + i), dim_v)
+                self.ask_for(self.v, row(j * depth + ROWS_AHEAD + i), dim_v)
             self._copy_across(self.values_held, self.v, j * dim_v, rows, dim_v)
         begun = whole
         if depth > 1:
@@ -212,13 +158,6 @@ class AttentionPanels:
             begun = let("begun", tirx.truncdiv(held + (depth - 1), i32(depth)))
         with loop("at", (self.keys // depth - begun) * dim_v) as at:
             B.buffer_store(self.values_held, tirx.const(0, self.operands.dtype), [begun * dim_v + at])
-
-    def _ask_for(self, tensor: tirx.Buffer, row: Row, size: int) -> None:
-        """Prefetch a row, which beyond the end does nothing."""
-        line = LINE_BYTES * 8 // parse_format(str(tensor.dtype)).bits
-        for at in range(0, size, line):
-            address = B.address_of(tensor[tuple(row(i32(at)))])
-            B.evaluate(B.call_llvm_intrin("void", "llvm.prefetch.p0", address, 0, 3, 1))
 
     def _copy_along(self, row: Row, place: Expr) -> None:
         """A key as words."""

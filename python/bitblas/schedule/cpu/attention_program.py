@@ -7,7 +7,6 @@ ever added across lanes. Words of K and V are spread over the lanes as they are 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -16,8 +15,9 @@ from tvm.tirx.script.builder import ir as B
 
 from ...config import FlashAttenConfig
 from ..words import i32, i64, let
-from .attention_panels import AttentionPanels, alloc, loop
+from .attention_panels import AttentionPanels
 from .attention_tiling import LaneAttentionTiling
+from .attention_vectors import alloc, loop
 from .exponential import exp2
 
 #: Degree of the polynomial of 2^x, by how weights are multiplied: as float32, or rounded to bfloat16.
@@ -34,13 +34,9 @@ class LaneAttention(AttentionPanels):
         self.degree = _DEGREES[tiling.dot]
 
     def func(self, name: str) -> tirx.PrimFunc:
-        """The function; its arguments are those of `bitblas.expr.attention_func`, with any strides but the last."""
+        """The function."""
         with IRBuilder() as builder, B.prim_func(s_tir=True):
-            B.func_name(name)
-            B.func_attr({"tirx.noalias": True, "global_symbol": name})
-            self._arguments()
-            self.group = let("group", tirx.truncdiv(self.heads, self.heads_kv))
-            self.num_rows = let("num_rows", self.num_queries * self.group)
+            self.begin(name)
             blocks = let("blocks", tirx.truncdiv(self.num_rows + (self.rows - 1), i64(self.rows)))
             annotations = {"pragma_import_llvm": self.operands.library}
             tasks = self.batch * self.heads_kv * blocks
@@ -50,25 +46,6 @@ class LaneAttention(AttentionPanels):
                 self._place(task, blocks)
                 self._body()
         return builder.get()
-
-    def _arguments(self) -> None:
-        config = self.config
-        self.batch, self.heads, self.heads_kv, self.num_queries, self.num_keys = (B.int64() for _ in range(5))
-        dim, dim_v = i64(config.dim), i64(config.dim_v)
-        k_shape: tuple[Any, ...] = (self.batch, self.num_keys, self.heads_kv, dim)
-        if config.layout == "ntn":
-            k_shape = (self.batch, dim, self.heads_kv, self.num_keys)
-        shapes = {
-            "q": ((self.batch, self.num_queries, self.heads, dim), config.Q_dtype),
-            "k": (k_shape, config.K_dtype),
-            "v": ((self.batch, self.num_keys, self.heads_kv, dim_v), config.V_dtype),
-            "out": ((self.batch, self.num_queries, self.heads, dim_v), config.Out_dtype),
-        }
-        handles = [B.arg(name, B.handle()) for name in shapes]
-        self.q, self.k, self.v, self.out = (
-            B.match_buffer(handle, shape, dtype, strides=[B.int64(), B.int64(), B.int64(), i64(1)])
-            for handle, (shape, dtype) in zip(handles, shapes.values(), strict=True)
-        )
 
     def _place(self, task: Expr, blocks: Expr) -> None:
         """Which batch, head and rows a task is for; of a causal one the shortest and the longest take turns."""

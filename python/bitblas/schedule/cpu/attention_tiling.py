@@ -42,3 +42,33 @@ class LaneAttentionTiling(AttentionTiling):
         squares = 2 * self.lanes * self.lanes
         # of each row: a maximum, a total, a limit, and two int64 that say where it is
         return 4 * (panels + scores + squares + 7 * self.block_m)
+
+
+@dataclass(frozen=True)
+class RowAttentionTiling(AttentionTiling):
+    """How a CPU kernel of one row walks its loops: elements of a head stand in the lanes.
+
+    Attributes
+    ----------
+    lanes : int
+        Lanes of a register.
+    keys : int
+        Keys, a divisor of `lanes`, whose products with the row stay in registers.
+    values : int
+        Registers of a head of V whose sums stay in registers.
+    ahead : int
+        How many keys ahead of their use keys are asked for.
+    """
+
+    lanes: int
+    keys: int
+    values: int
+    ahead: int
+
+    kind: ClassVar[str] = "attention_row"
+
+    def held_bytes(self, config: FlashAttenConfig) -> int:
+        """Bytes that a thread holds; results of the tasks of a row are beside them."""
+        square = self.lanes * self.lanes
+        # a total and a factor for each lane, a maximum, and four numbers
+        return 4 * (config.dim + self.block_n + square + config.dim_v + 2 * self.lanes + 5)
