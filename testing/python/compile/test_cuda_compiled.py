@@ -32,7 +32,7 @@ def of_cards():
         )
 
 
-@pytest.mark.parametrize(("name", "arch"), of_cards())
+@pytest.mark.parametrize(("name", "arch"), list(of_cards()))
 def test_nothing_spills(name, arch):
     a_dtype = (
         "int8"

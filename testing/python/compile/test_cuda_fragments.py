@@ -63,7 +63,7 @@ def check(op, rows):
             (reference.assert_exact if exact else reference.assert_close)(op(part.A, W, **part.extras), part)
 
 
-@pytest.mark.parametrize("fields", covering())
+@pytest.mark.parametrize("fields", list(covering()))
 def test_formats(fields):
     op = Matmul(config(M=(1, 32), **fields), target="cuda -arch=sm_80")
     if declines_fragments(op.plan.config, op.target):
@@ -155,8 +155,13 @@ def test_oldest_cards():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("m", [1, 16, 64])
-@pytest.mark.parametrize("w_dtype", ["uint4", "uint2"])
+@pytest.mark.parametrize(
+    ("m", "w_dtype"),
+    [
+        *((1, "uint4"), (16, "uint2"), (64, "uint4")),
+        *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in ((1, "uint2"), (16, "uint4"), (64, "uint2"))),
+    ],
+)
 def test_every_tiling(m, w_dtype):
     """A long K and few columns, so that parts of K are among them."""
     fields = {"A_dtype": "float16", "W_dtype": w_dtype, "with_scaling": True, "group_size": 128}
