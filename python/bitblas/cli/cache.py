@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import env
 from ..config import DEFAULT_BUCKETS
 from ..errors import ArgumentError, ArtifactError, BitBLASError
-from .operators import add_attention_options, add_matmul_options, attention_of, matmul_of
+from .operators import add_attention_options, add_matmul_options, attention_of, check_no_matmul, matmul_of
 
 if TYPE_CHECKING:
     from ..cache.inventory import Inventory, Operator
@@ -76,7 +76,7 @@ def _add_export_options(export: Any) -> None:
         "--target", nargs="+", metavar="T", help="what to compile for (BITBLAS_TARGET, else this machine)"
     )
     one = export.add_argument_group("one operator", "--M and --A-dtype are for the layers of a model, too")
-    add_matmul_options(one, " ".join(map(str, DEFAULT_BUCKETS)))
+    add_matmul_options(one, " ".join(map(str, DEFAULT_BUCKETS)), "")
     add_attention_options(export)
 
 
@@ -274,6 +274,10 @@ def _export(options: argparse.Namespace) -> int:
         raise ArgumentError(
             "say what to export, one of: --model FOLDER, --all, --N and --K of an operator, or --attention DIM"
         )
+    if options.all:
+        check_no_matmul(options, (), "--all")
+    if options.model is not None:
+        check_no_matmul(options, ("M", "A_dtype"), "--model")
     targets = _targets(options)
     if options.all:
         exported = export_store(options.bundle, targets if options.target else ())

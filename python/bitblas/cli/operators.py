@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..config import (
@@ -20,20 +21,19 @@ from ..config import (
 from ..errors import ArgumentError
 from ..formats import FORMATS, parse_format
 
-# What only one kind of operator has; --out-dtype is of both.
+#: What only one kind of operator has; --out-dtype is of both.
 _OF_MATMULS = ("M", "N", "K", "A_dtype", "W_dtype", "group_size", "zeros", "no_scale")
-_OF_ATTENTIONS = (
-    *("dim_v", "dtype", "Q_dtype", "K_dtype", "V_dtype", "k_layout", "causal"),
-    *("seq_len", "heads", "heads_kv", "softmax_scale"),
-)
+_DTYPES, _SIZES = ("dtype", "Q_dtype", "K_dtype", "V_dtype"), ("dim_v", "seq_len", "heads", "heads_kv")
+_OF_ATTENTIONS = (*_DTYPES, *_SIZES, "k_layout", "causal", "softmax_scale")
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least 1")
-    return value
+    with suppress(ValueError):
+        value = int(text)
+        if value >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be a whole number of at least 1")
 
 
 def _finite(text: str) -> float:
@@ -43,11 +43,11 @@ def _finite(text: str) -> float:
     return value
 
 
-def add_matmul_options(parser: Any, rows: str) -> None:
-    """Add what says which matmul is meant; `rows` is what its help calls those that are taken where none are given."""
+def add_matmul_options(parser: Any, rows: str, size: str = " (4096)") -> None:
+    """Add what says which matmul is meant; `rows` and `size` are what its help says of those that are not given."""
     parser.add_argument("--M", type=positive, nargs="+", metavar="M", help=f"rows ({rows})")
-    parser.add_argument("--N", type=positive, help="output features (4096)")
-    parser.add_argument("--K", type=positive, help="input features (4096)")
+    parser.add_argument("--N", type=positive, help=f"output features{size}")
+    parser.add_argument("--K", type=positive, help=f"input features{size}")
     parser.add_argument("--A-dtype", help=f"{', '.join(A_DTYPES)} (float16)")
     parser.add_argument("--W-dtype", help=f"{', '.join(FORMATS)} (uint4)")
     parser.add_argument(
@@ -61,7 +61,9 @@ def add_matmul_options(parser: Any, rows: str) -> None:
 
 def add_attention_options(parser: Any) -> None:
     """Add what says which attention is meant, in a group of its own, beside the options of matmuls."""
-    group = parser.add_argument_group("an attention", "instead of a matmul; --out-dtype is of both")
+    group = parser.add_argument_group(
+        "an attention", "instead of a matmul; --out-dtype is of both, and here one of --dtype's (--dtype)"
+    )
     group.add_argument("--attention", type=positive, metavar="DIM", help="elements of a head of Q and K")
     group.add_argument("--dim-v", type=positive, metavar="DIM", help="elements of a head of V (those of Q and K)")
     group.add_argument("--dtype", choices=ATTENTION_DTYPES, help="of Q, K, V and the output (float16)")
@@ -141,6 +143,12 @@ def attention_of(options: argparse.Namespace) -> FlashAttenConfig | None:
 def operator_of(options: argparse.Namespace) -> Config:
     """The operator that is meant: `attention_of`, else `matmul_of`."""
     return attention_of(options) or matmul_of(options)
+
+
+def check_no_matmul(options: argparse.Namespace, but: Sequence[str], what: str) -> None:
+    """Raise an ArgumentError where an option of matmuls, or of what they give, stands beside `what`, `but` for some."""
+    if given := _given(options, [name for name in (*_OF_MATMULS, "out_dtype") if name not in but]):
+        raise ArgumentError(f"{given} is of one operator, which {what} does not take")
 
 
 def _given(options: argparse.Namespace, names: Sequence[str]) -> str | None:

@@ -160,14 +160,21 @@ class FlashAttenConfig:
         """The rows that kernels are specialised for, ascending; a row is a query of one of the heads that share keys."""
         if self.seq_len is None:
             return QUERY_BUCKETS
+        if self.seq_len == 1 and self.heads is None:
+            return QUERY_BUCKETS[:2]  # the second for heads that share keys
         rows = self.seq_len * (self.heads // self.heads_kv if self.heads and self.heads_kv else 1)
         return (QUERY_BUCKETS[min(bisect_left(QUERY_BUCKETS, rows), len(QUERY_BUCKETS) - 1)],)
 
     @property
     def kernel(self) -> FlashAttenConfig:
         """The config of the kernels that serve this one: they take any batch, heads and lengths, and know a bucket of rows."""
-        rows = self.buckets[0] if len(self.buckets) == 1 else None
-        return replace(self, batch=None, heads=None, heads_kv=None, seq_len=rows, seq_len_kv=None)
+        buckets = self.buckets
+        if len(buckets) == 1:
+            return self._of_rows(buckets[0], 1)
+        return self._of_rows(self.seq_len, None)
+
+    def _of_rows(self, rows: int | None, heads: int | None) -> FlashAttenConfig:
+        return replace(self, batch=None, heads=heads, heads_kv=heads, seq_len=rows, seq_len_kv=None)
 
     @property
     def recorded(self) -> FlashAttenConfig:
@@ -176,7 +183,7 @@ class FlashAttenConfig:
 
     def for_bucket(self, m: int | None) -> FlashAttenConfig:
         """The config of a kernel for one bucket of rows; None leaves them open."""
-        return replace(self.kernel, seq_len=m)
+        return self._of_rows(m, None if m is None else 1)
 
     def describe(self) -> str:
         """What is computed, for messages."""

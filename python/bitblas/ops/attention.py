@@ -17,7 +17,7 @@ from .cuda_attention_arguments import CudaAttentionDoor
 from .operator import Operator
 from .registry import announce, makers
 from .torch_attention import NO_GRADIENT, attention_spec
-from .watching import NO_OUTPUT, has_tangents, in_transform, is_watched, refuse_derivatives
+from .watching import check_output, is_seen, refuse_derivatives
 
 
 class FlashAtten(Operator):
@@ -112,11 +112,11 @@ class FlashAtten(Operator):
             As for the constructor, by the first call of an operator that was made with `from_database=True`.
         """
         if (
-            is_watched()
+            torch.compiler.is_compiling()
+            or is_seen()
             or type(q) not in PLAIN
             or type(k) not in PLAIN
             or type(v) not in PLAIN
-            or has_tangents()
             or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         ):
             return self._dispatch(q, k, v, output)
@@ -142,8 +142,8 @@ class FlashAtten(Operator):
         if output is None:
             return torch.ops.bitblas.flash_atten(q, k, v, self._spec)
         check_kind("output", output)
-        if in_transform():
-            raise ArgumentError(NO_OUTPUT)
+        if not torch.compiler.is_compiling():
+            check_output(q, k, v, output)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ArgumentError(
                 "output was given, and q, k or v requires a gradient; give no output, or use torch.no_grad()"

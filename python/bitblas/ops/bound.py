@@ -8,7 +8,7 @@ import torch
 
 from ..runtime import Kernels
 from .arguments import PLAIN, Door
-from .watching import has_tangents, is_watched
+from .watching import is_seen
 
 #: A mapping, such as a module's buffers, and a name in it.
 Place = tuple[Mapping[str, torch.Tensor | None], str]
@@ -83,7 +83,7 @@ class BoundMatmul:
             for tensor in self._floats:
                 if tensor.requires_grad:
                     return None
-        if has_tangents() or is_watched():
+        if is_seen():
             return None
         entered = self._door.enter_bound(A, self.tensors, self._order)
         if entered is None:

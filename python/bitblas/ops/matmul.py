@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from ..plan import MatmulPlan, plan_matmul
 from ..runtime import Kernels
 from ..target import Target
-from .arguments import PLAIN, Door
+from .arguments import PLAIN, Door, check_kind
 from .bound import BoundMatmul, Place, are_plain
 from .cuda_arguments import CudaDoor
 from .facts import WithFacts
@@ -20,7 +20,7 @@ from .operator import Operator
 from .provider import Provided
 from .registry import announce, makers
 from .torch_operator import operator_spec
-from .watching import NO_OUTPUT, has_tangents, in_transform, is_watched, refuse_derivatives
+from .watching import check_output, is_seen, refuse_derivatives
 from .weights import WithWeights
 
 #: What whoever asks for derivatives that there are not is told.
@@ -184,7 +184,7 @@ class Matmul(Operator, WithWeights, WithFacts):
         named = None
         if scale is not None or zeros is not None or bias is not None:
             named = {"scale": scale, "zeros": zeros, "bias": bias}
-        if is_watched() or type(A) not in PLAIN or has_tangents():
+        if torch.compiler.is_compiling() or is_seen() or type(A) not in PLAIN:
             dispatched = isinstance(A, torch.Tensor)
         else:
             dispatched = torch.is_grad_enabled() and (
@@ -234,12 +234,15 @@ class Matmul(Operator, WithWeights, WithFacts):
         """By torch's dispatcher, for graphs, gradients and tensors of other classes."""
         bound, output = self._door.bind(extras, named or {}, output)
         operands = A, W, bound.get("scale"), bound.get("zeros"), bound.get("bias")
+        for name, tensor in zip(("A", "W", "scale", "zeros", "bias", "output"), (*operands, output), strict=True):
+            if tensor is not None:
+                check_kind(name, tensor)
         if not torch.compiler.is_compiling():
             refuse_derivatives(_NO_TANGENT, _NO_FUNCTIONAL_GRADIENT, *operands)
         if output is None:
             return torch.ops.bitblas.matmul(*operands, self._spec)
-        if in_transform():
-            raise ArgumentError(NO_OUTPUT)
+        if not torch.compiler.is_compiling():
+            check_output(*operands, output)
         if torch.is_grad_enabled() and _any_requires_grad(A, bound.get("bias")):
             raise ArgumentError(
                 "output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()"

@@ -1,4 +1,4 @@
-"""Who sees a call beside the kernels: then it goes by torch's dispatcher, whose operators they all know."""
+"""Who sees a call beside the kernels, so that it goes by the operators of torch that they know; and what is refused then."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ _transform = torch._C._functorch.peek_interpreter_stack
 #: What torch.jit.trace records into, or None: what does not go by the dispatcher it takes for a constant.
 _recorder = torch._C._get_tracing_state
 
-#: What whoever wants an output filled inside of a transform is told.
-NO_OUTPUT = "output was given inside of a transform of torch.func, such as torch.vmap; give none there"
 
+def is_seen() -> bool:
+    """Whether a mode, a transform of torch.func, a recorder, a profiler or forward-mode derivatives see the next operator.
 
-def is_watched() -> bool:
-    """Whether a compiler, a mode, a transform of torch.func, a recorder or a profiler sees the next operator."""
+    So does a compiler, which calls for `torch.compiler.is_compiling` before this.
+    """
     return (
-        torch.compiler.is_compiling()
-        or _num_modes() != 0
+        _num_modes() != 0
         or _transform() is not None
         or _recorder() is not None
         or profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
     )
 
 
-def in_transform() -> bool:
-    """Whether a transform of torch.func is at work, and no compiler."""
-    return not torch.compiler.is_compiling() and _transform() is not None
+def check_output(*tensors: torch.Tensor | None) -> None:
+    """Raise where a tensor of a call that fills an output is inside of a transform of torch.func, and has no memory.
 
-
-def has_tangents() -> bool:
-    """Whether tensors may have tangents."""
-    return forward_ad._current_level >= 0
+    Raises
+    ------
+    ArgumentError
+        One is.
+    """
+    for tensor in tensors:
+        if tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise ArgumentError(
+                "output was given inside of a transform of torch.func, such as torch.vmap; give none there"
+            )
 
 
 def refuse_derivatives(no_tangent: str, no_gradient: str, *tensors: torch.Tensor | None) -> None:
@@ -50,7 +55,7 @@ def refuse_derivatives(no_tangent: str, no_gradient: str, *tensors: torch.Tensor
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor):
             continue
-        if has_tangents() and forward_ad.unpack_dual(tensor).tangent is not None:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             raise ArgumentError(f"an operand has a tangent (forward-mode derivatives, torch.func.jvp); {no_tangent}")
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             if torch.is_grad_enabled() and tensor.requires_grad:

@@ -124,6 +124,31 @@ def test_the_rule_of_a_machine(target, rules):
         assert {kernel.rule for kernel in others} == {rule}
 
 
+def test_one_row_of_short_heads():
+    """Fewer elements than lanes are no vector."""
+    resolved = resolve_target("haswell")
+    assert plan_attention(config(dim=7, dim_v=5), resolved).kernels[0].rule == "attention_avx2"
+    assert plan_attention(config(dim=7, dim_v=8), resolved).kernels[0].rule == "attention_row_avx2"
+
+
+def test_one_query_of_heads_that_may_share_keys():
+    """Bucket 1 is for one row: those of heads that share keys are more."""
+    resolved = resolve_target("znver4")
+    rules = [kernel.rule for kernel in plan_attention(config(seq_len=1), resolved).kernels]
+    assert rules == ["attention_row_avx512", "attention_avx512"]
+    assert [kernel.buckets for kernel in plan_attention(config(seq_len=1), resolved).kernels] == [(1,), (16,)]
+    for heads, buckets in (({"heads": 8}, (1,)), ({"heads": 8, "heads_kv": 2}, (16,))):
+        (kernel,) = plan_attention(config(seq_len=1, **heads), resolved).kernels
+        assert kernel.buckets == buckets
+
+
+def test_tilings_of_one_row_differ_in_what_they_do():
+    for layout, least in (("nnn", 5), ("ntn", 3)):
+        problem = AttentionProblem(config(layout=layout).kernel, resolve_target("znver4"), 1)
+        tilings = select_rule(CPU_ATTENTION_RULES, problem).tilings(problem)
+        assert len(tilings) == least
+
+
 def test_a_rule_that_declines_says_why():
     problem = AttentionProblem(config(), resolve_target("haswell"), 64)
     reasons = {rule.name: rule.decline(problem) for rule in CPU_ATTENTION_RULES}
@@ -150,7 +175,7 @@ def test_no_thread_holds_a_megabyte(target, dtype):
                 assert tiling.held_bytes(cfg) <= 1 << 20
                 assert tiling.block_n % tiling.keys == 0
                 assert read_tiling(tiling.fields()) == tiling
-                if m > 1:
+                if tiling.kind != "attention_row":
                     assert tiling.block_m % (tiling.lanes * tiling.vectors) == 0
                 else:
                     assert tiling.block_n % tiling.lanes == 0 == tiling.lanes % tiling.keys

@@ -280,6 +280,8 @@ def test_the_commands_for_attentions(store, tmp_path, capsys):
     ("arguments", "config"),
     [
         ("--attention 8 --seq-len 40", FlashAttenConfig(1, 2, 40, 8)),
+        ("--attention 16 --seq-len 1", FlashAttenConfig(seq_len=1, dim=16)),
+        ("--attention 16 --seq-len 1 --heads 2", FlashAttenConfig(4, 3, 1, 16)),
         (
             "--attention 8 --seq-len 5 --heads 6 --heads-kv 2 --softmax-scale -0.5",
             FlashAttenConfig(2, 6, 5, 8, heads_kv=2, softmax_scale=-0.5),

@@ -412,6 +412,20 @@ def test_export_asks_what(store, cache, tmp_path, arguments):
     assert "one of: --model FOLDER, --all, --N and --K of an operator, or --attention DIM" in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--all", "--W-dtype", "nf4"], "--W-dtype is of one operator, which --all does not take"),
+        (["--all", "--out-dtype", "float32"], "--out-dtype is of one operator"),
+        (["--model", "x", "--group-size", "32"], "--group-size is of one operator, which --model does not take"),
+    ],
+)
+def test_export_takes_no_option_in_vain(store, cache, tmp_path, arguments, message):
+    status, text = cache("export", tmp_path / "a.tar", *arguments)
+    assert status == 2
+    assert message in text
+
+
 def test_mistakes_are_one_line_and_exit_2(filled, cache, tmp_path):
     (tmp_path / "a.tar").write_bytes(b"no bundle")
     (tmp_path / "file").write_text("")

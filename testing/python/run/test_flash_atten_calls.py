@@ -288,6 +288,8 @@ def test_vmap_fills_no_output():
     run, given = attention("open"), operands()
     with pytest.raises(ArgumentError, match=r"^output was given inside of a transform of torch\.func"):
         torch.vmap(lambda q: run(q, given["k"], given["v"], output=floats(*OUT)))(torch.stack([given["q"]] * 2))
+    found = torch.vmap(lambda s: run(**given, output=floats(*OUT)) * s)(torch.ones(2))
+    assert torch.equal(found[1], run(**given))  # nothing of the call takes part
 
 
 @pytest.mark.filterwarnings("ignore")

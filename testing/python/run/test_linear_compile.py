@@ -332,6 +332,19 @@ def test_vmap_fills_no_output():
     out = torch.empty(3, 32)
     with pytest.raises(ArgumentError, match=r"^output was given inside of a transform of torch\.func"):
         torch.vmap(lambda a: layer.bitblas_matmul(a, *operands, output=out))(torch.stack([problem.A] * 2))
+    plain = layer(problem.A)
+    found = torch.vmap(lambda s: layer.bitblas_matmul(problem.A, *operands, output=out) * s)(torch.ones(2))
+    assert torch.equal(found[1], plain)  # nothing of the call takes part
+    slope = torch.func.grad(lambda s: (layer.bitblas_matmul(problem.A, *operands, output=out) * s).sum())
+    torch.testing.assert_close(slope(torch.tensor(1.0)), plain.sum())
+
+
+def test_wrong_operands_of_a_call_that_is_seen():
+    layer, problem = layer_and_problem()
+    op, (W, scale, zeros, bias) = layer.bitblas_matmul, (layer.qweight, layer.scales, layer.zeros, layer.bias)
+    for operands, message in (((3, scale, zeros, bias), "W is a int"), ((W, scale, zeros, "b"), "bias is a str")):
+        with pytest.raises(ArgumentError, match=f"^{message}; it must be a torch.Tensor$"):
+            torch.vmap(lambda a, operands=operands: op(a, *operands))(problem.A[None])
 
 
 def test_tensors_with_data_in_a_fake_mode():

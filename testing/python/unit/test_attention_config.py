@@ -173,6 +173,7 @@ def test_unknown_fields():
         ({"seq_len": 5000}, (1024,)),
         ({"seq_len": None}, QUERY_BUCKETS),
         ({"seq_len": 16, "heads": None, "heads_kv": None}, (16,)),
+        ({"seq_len": 1, "heads": None, "heads_kv": None}, (1, 16)),  # which may share keys
     ],
     ids=str,
 )
@@ -183,17 +184,16 @@ def test_buckets_of_rows(fields, buckets):
 def test_kernels_know_no_sizes_but_those_of_a_head():
     kernel = config(batch=1, heads=4, heads_kv=2, seq_len=100, seq_len_kv=7).kernel
     assert kernel == config(batch=3, heads=8, heads_kv=4, seq_len=128, seq_len_kv=None).kernel
-    assert (kernel.batch, kernel.heads, kernel.heads_kv, kernel.seq_len, kernel.seq_len_kv) == (
-        None,
-        None,
-        None,
-        256,
-        None,
-    )
-    assert kernel.kernel == kernel
+    sizes = (kernel.batch, kernel.heads, kernel.heads_kv, kernel.seq_len, kernel.seq_len_kv)
+    assert sizes == (None, 1, 1, 256, None)  # rows of one head
+    assert kernel.kernel == kernel == config(seq_len=None).for_bucket(256)
     assert kernel.buckets == (256,)
     assert config(seq_len=None).kernel.seq_len is None
-    assert config(seq_len=None).kernel.kernel == config(seq_len=None).kernel
+    for fields in ({"seq_len": None}, {"seq_len": 1, "heads": None, "heads_kv": None}, {"seq_len": 1}):
+        kernel = config(**fields).kernel
+        assert kernel.kernel == kernel
+        assert kernel.buckets == config(**fields).buckets
+        assert [config(**fields).for_bucket(m).buckets for m in kernel.buckets] == [(m,) for m in kernel.buckets]
     for changed in (
         {"dim": 32},
         {"dim_v": 32},

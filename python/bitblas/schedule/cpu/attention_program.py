@@ -18,12 +18,10 @@ from ..words import i32, i64, let
 from .attention_panels import AttentionPanels
 from .attention_tiling import LaneAttentionTiling
 from .attention_vectors import alloc, loop
-from .exponential import exp2
+from .exponential import FULL_DEGREE, exp2
 
 #: Degree of the polynomial of 2^x, by how weights are multiplied: as float32, or rounded to bfloat16.
-_DEGREES = {"": 6, "bf16": 3}
-#: … and of the factors of what was summed before: 1 where a maximum has not risen, or errors would add up.
-_FACTOR_DEGREE = 6
+_DEGREES = {"": FULL_DEGREE, "bf16": 3}
 
 
 class LaneAttention(AttentionPanels):
@@ -147,11 +145,14 @@ class LaneAttention(AttentionPanels):
             self.store(largest, at, top)
 
     def _exponentials(self, row: Expr, tiles: Expr, largest: tirx.Buffer, factors: tirx.Buffer) -> None:
-        """Scores become weights, relative to the new maxima; the factors are those of all that came before."""
+        """Scores become weights, relative to the new maxima; the factors are those of all that came before.
+
+        They are 1 where a maximum has not risen, or errors would add up.
+        """
         total = alloc("total", self.together, scope="local")
         for at in self._vectors():
             maximum = let("maximum", self.load(largest, at))
-            self.store(factors, at, exp2(self.load(self.maxima, row + at) - maximum, self.lanes, _FACTOR_DEGREE))
+            self.store(factors, at, exp2(self.load(self.maxima, row + at) - maximum, self.lanes, FULL_DEGREE))
             self.store(total, at, self.spread(0.0))
             self.store(self.maxima, row + at, maximum)
         with loop("word", tiles * (self.tiling.keys // self.depth)) as w:

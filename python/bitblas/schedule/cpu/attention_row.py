@@ -26,14 +26,22 @@ class RowAttentionRule(AttentionRule[RowAttentionTiling]):
         """See `Rule`."""
         if problem.m > 1:
             return "is for one row"
-        return super().decline(problem) or self.unit.lacking(problem.target)
+        if reason := super().decline(problem) or self.unit.lacking(problem.target):
+            return reason
+        lanes, config = self._lanes(problem), problem.config
+        if max(config.dim, config.dim_v) < lanes:
+            return f"is for heads of {lanes} elements and more, not of {config.dim} and {config.dim_v}"
+        return None
+
+    def _lanes(self, problem: AttentionProblem) -> int:
+        return self.unit.vector_lanes or problem.target.vector_bits // 32
 
     def tilings(self, problem: AttentionProblem) -> list[RowAttentionTiling]:
         """See `Rule`."""
-        target = problem.target
-        lanes, sums = self.unit.vector_lanes or target.vector_bits // 32, target.num_vector_registers // 2
+        lanes, sums = self._lanes(problem), problem.target.num_vector_registers // 2
+        along = problem.config.layout == "nnn"
         found = (
-            RowAttentionTiling(1, keys, lanes, min(lanes, sums), min(values, sums), ahead)
+            RowAttentionTiling(1, keys, lanes, min(lanes, sums), min(values, sums), ahead if along else 0)
             for keys, values, ahead in _SIZES
         )
         return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""The program of an attention of few rows on a CPU, one after another. Importing this imports TVM.
+"""The program of an attention of one row on a CPU; of more, one after another. Importing this imports TVM.
 
 What counts is that keys and values are read once, in place, and by all threads: blocks of them are tasks of their own, whose
 results are put together in the end. A head's elements stand in the lanes, so that the products of a key are added across them.
@@ -18,10 +18,9 @@ from ..words import i32, i64, let
 from .attention_operands import FloatOperands, Row
 from .attention_tiling import RowAttentionTiling
 from .attention_vectors import LOWEST, AttentionVectors, alloc, loop
-from .exponential import exp2
+from .exponential import FULL_DEGREE, exp2
 from .sums import sum_functions
 
-_DEGREE = 6
 #: Blocks of keys are shared out to about so many tasks, all heads together: enough for many cores, and soon put together.
 _MOST_TASKS = 256
 #: What stands before the sums of a task's result: the maximum, and the total.
@@ -68,7 +67,7 @@ class RowAttention(AttentionVectors):
         return ((head * self.splits + split) * self.num_rows + row) * self.width
 
     def _number(self, name: str, value: Expr) -> Expr:
-        """A variable of whose value the compiler knows nothing: it would work it into each address, for half a minute."""
+        """A variable of whose value TVM knows nothing: it would work it into each address, which takes half a minute."""
         place = alloc(f"{name}_held", 1, "int32")
         B.buffer_store(place, value, [0])
         return let(name, place[0])
@@ -184,6 +183,8 @@ class RowAttention(AttentionVectors):
         def row(d: Expr) -> Row:
             return self.transposed_row(d, i64(first_key))
 
+        with loop("j", held) as j:
+            self.ask_for(self.v, self.value_row(i64(first_key + j)), self.config.dim_v)
         whole = let("whole", tirx.truncdiv(held, i32(lanes)))
         with loop("tile", whole) as tile:
             sums = alloc("tile_sums", lanes, scope="local")
@@ -207,11 +208,11 @@ class RowAttention(AttentionVectors):
         with loop("tile", tiles) as tile:
             self.store(largest, 0, tirx.max(self.load(scores, tile * lanes), self.load(largest, 0)))
         maximum = let("maximum", tirx.call_pure_extern("float32", "bitblas_largest", self.load(largest, 0)))
-        self.store(self.factor, 0, exp2(self.spread(self.maximum[0] - maximum), lanes, _DEGREE))
+        self.store(self.factor, 0, exp2(self.spread(self.maximum[0] - maximum), lanes, FULL_DEGREE))
         B.buffer_store(self.maximum, maximum, [0])
         self.store(total, 0, self.spread(0.0))
         with loop("tile", tiles) as tile:
-            weight = let("weight", exp2(self.load(scores, tile * lanes) - self.spread(maximum), lanes, _DEGREE))
+            weight = let("weight", exp2(self.load(scores, tile * lanes) - self.spread(maximum), lanes, FULL_DEGREE))
             self.store(scores, tile * lanes, weight)
             self.store(total, 0, self.load(total, 0) + weight)
         self.store(self.total, 0, self.load(self.total, 0) * self.load(self.factor, 0) + self.load(total, 0))
@@ -275,7 +276,7 @@ class RowAttention(AttentionVectors):
             B.buffer_store(maximum, tirx.max(partial[self._part(head, split, row)], maximum[0]), [0])
         with B.serial(i64(0), self.splits) as split:
             place = let("place", self._part(head, split, row))
-            self.store(weight, 0, exp2(self.spread(partial[place] - maximum[0]), lanes, _DEGREE))
+            self.store(weight, 0, exp2(self.spread(partial[place] - maximum[0]), lanes, FULL_DEGREE))
             B.buffer_store(total, total[0] + partial[place + 1] * weight[0], [0])
             with loop("e", dim_v) as e:
                 B.buffer_store(sums, sums[e] + partial[place + _FACTS + e] * weight[0], [e])

@@ -57,7 +57,7 @@ class RowAttentionTiling(AttentionTiling):
     values : int
         Registers of a head of V whose sums stay in registers.
     ahead : int
-        How many keys ahead of their use keys are asked for.
+        How many keys ahead of their use keys are asked for, where they lie along the lanes.
     """
 
     lanes: int

@@ -23,6 +23,9 @@ COEFFICIENTS: dict[int, tuple[tuple[float, ...], float]] = {
     ),
 }
 
+#: That of powers which stay in float32.
+FULL_DEGREE = 6
+
 #: Below it a result is 0: a polynomial that is a little below 1 would leave the normal numbers.
 _LEAST = -125.0
 
