@@ -44,8 +44,8 @@ def test_version(capsys):
     [
         ([], "COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
-        (["bench", "--N", "0"], "argument --N: 0 is not allowed: it must be at least 1"),
-        (["bench", "--M", "1", "x"], "argument --M: invalid"),
+        (["bench", "--N", "0"], "argument --N: 0 is not allowed: it must be a whole number of at least 1"),
+        (["bench", "--M", "1", "x"], "argument --M: x is not allowed: it must be a whole number"),
         (["bench", "--seconds", "-1"], "must be between 0 and 3600"),
         (["bench", "--zeros", "some"], "invalid choice: 'some'"),
         (["bench", "--threads", "0"], "argument --threads: 0 is not allowed"),

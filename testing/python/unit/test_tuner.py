@@ -103,7 +103,7 @@ def test_candidates_of_an_attention():
         assert len(row) == len(set(row)) > 1
         assert all(isinstance(plan, AttentionPlan) and len(plan.kernels) == 1 for plan in row)
         assert all(plan.kernels[0].name == "attention_0" and plan.kernels[0].buckets[0] >= m for plan in row)
-        assert all(plan.config.heads is None for plan in row)
+        assert all(plan.config.heads == 1 for plan in row)
     (row,) = candidates(FlashAttenConfig(heads=8, heads_kv=2, seq_len=5, dim=64), TARGET, 1).values()
     assert [plan.kernels[0].buckets for plan in row] == [(64,)]  # twenty rows
 
