@@ -37,10 +37,11 @@ def positive(text: str) -> int:
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be a finite number")
-    return value
+    with suppress(ValueError):
+        value = float(text)
+        if math.isfinite(value):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be a finite number")
 
 
 def add_matmul_options(parser: Any, rows: str, size: str = " (4096)") -> None:

@@ -17,7 +17,7 @@ from .cuda_attention_arguments import CudaAttentionDoor
 from .operator import Operator
 from .registry import announce, makers
 from .torch_attention import NO_GRADIENT, attention_spec
-from .watching import check_output, is_seen, refuse_derivatives
+from .watching import check_has_memory, is_seen, refuse_derivatives
 
 
 class FlashAtten(Operator):
@@ -143,7 +143,7 @@ class FlashAtten(Operator):
             return torch.ops.bitblas.flash_atten(q, k, v, self._spec)
         check_kind("output", output)
         if not torch.compiler.is_compiling():
-            check_output(q, k, v, output)
+            check_has_memory(q, k, v, output)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ArgumentError(
                 "output was given, and q, k or v requires a gradient; give no output, or use torch.no_grad()"

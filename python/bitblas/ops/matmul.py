@@ -20,7 +20,7 @@ from .operator import Operator
 from .provider import Provided
 from .registry import announce, makers
 from .torch_operator import operator_spec
-from .watching import check_output, is_seen, refuse_derivatives
+from .watching import check_has_memory, is_seen, refuse_derivatives
 from .weights import WithWeights
 
 #: What whoever asks for derivatives that there are not is told.
@@ -242,7 +242,7 @@ class Matmul(Operator, WithWeights, WithFacts):
         if output is None:
             return torch.ops.bitblas.matmul(*operands, self._spec)
         if not torch.compiler.is_compiling():
-            check_output(*operands, output)
+            check_has_memory(*operands, output)
         if torch.is_grad_enabled() and _any_requires_grad(A, bound.get("bias")):
             raise ArgumentError(
                 "output was given, and A or bias requires a gradient; give no output, or use torch.no_grad()"

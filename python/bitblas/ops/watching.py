@@ -29,7 +29,7 @@ def is_seen() -> bool:
     )
 
 
-def check_output(*tensors: torch.Tensor | None) -> None:
+def check_has_memory(*tensors: torch.Tensor | None) -> None:
     """Raise where a tensor of a call that fills an output is inside of a transform of torch.func, and has no memory.
 
     Raises

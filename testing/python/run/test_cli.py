@@ -48,6 +48,11 @@ def test_version(capsys):
         (["bench", "--M", "1", "x"], "argument --M: x is not allowed: it must be a whole number"),
         (["bench", "--seconds", "-1"], "must be between 0 and 3600"),
         (["bench", "--zeros", "some"], "invalid choice: 'some'"),
+        (
+            ["tune", "--softmax-scale", "inf"],
+            "argument --softmax-scale: inf is not allowed: it must be a finite number",
+        ),
+        (["tune", "--softmax-scale", "x"], "argument --softmax-scale: x is not allowed"),
         (["bench", "--threads", "0"], "argument --threads: 0 is not allowed"),
     ],
 )

@@ -67,7 +67,7 @@ class RowAttention(AttentionVectors):
         return ((head * self.splits + split) * self.num_rows + row) * self.width
 
     def _number(self, name: str, value: Expr) -> Expr:
-        """A variable of whose value TVM knows nothing: it would work it into each address, which takes half a minute."""
+        """A variable of whose value TVM knows nothing: it would work it into each address, and compile for long."""
         place = alloc(f"{name}_held", 1, "int32")
         B.buffer_store(place, value, [0])
         return let(name, place[0])
